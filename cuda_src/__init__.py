@@ -1,0 +1,1 @@
+"""Device code of pymoe; a package only so that installers carry it."""

@@ -1,0 +1,114 @@
+"""The dense neighbours of the routed experts: the router's gate and the shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pymoe import checks
+from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
+from pymoe.codec.weights import WeightOperand
+from pymoe.config import resolve_activation
+from pymoe.device.arrays import as_numpy
+from pymoe.errors import ShapeError, complaint
+from pymoe.experts.routed import ExpertWeights
+from pymoe.ops.grouped_gemm import grouped_gemm
+from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG
+
+__all__ = ["Gate", "SharedExperts"]
+
+Array = Any
+
+_CHUNK_ROWS = 16384
+"""Rows of the shared experts at a time: bounds the intermediate's memory."""
+
+
+class Gate:
+    """The router's linear layer: ``logits = x @ weight.T + bias`` in float32, each row by itself.
+
+    Parameters
+    ----------
+    weight : ndarray, (E, K), float
+        Row = expert.  Borrowed, never written.
+    bias : ndarray, (E,), float, optional
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        An array is not of that form.
+    """
+
+    def __init__(self, weight: Array, bias: Array | None = None) -> None:
+        self.weight = as_numpy("Gate", "weight", weight)
+        checks.shape("Gate", "weight", self.weight, (None, None))
+        checks.float_dtype("Gate", "weight", self.weight)
+        self.bias = None if bias is None else as_numpy("Gate", "bias", bias)
+        if self.bias is not None:
+            checks.shape("Gate", "bias", self.bias, (self.weight.shape[0],))
+            checks.float_dtype("Gate", "bias", self.bias)
+
+    def __call__(self, hidden_states: Array) -> Array:
+        """Return the logits, (M, E) float32, of tokens (M, K)."""
+        x = as_numpy("Gate", "hidden_states", hidden_states)
+        checks.hidden("Gate", "hidden_states", x, self.weight.shape[1])
+        operand = WeightOperand.unquantized(self.weight[None])
+        bias = None if self.bias is None else self.bias[None].astype(np.float32)
+        return grouped_gemm(x, operand, np.array([0, x.shape[0]]), bias=bias)
+
+
+class SharedExperts:
+    """A dense expert that every token takes: ``w2 @ act(w1 @ x)``, times ``sigmoid(gate(x))`` if there is a gate.
+
+    Parameters
+    ----------
+    w1 : ndarray, (N, K), w2 : ndarray, (K, I)
+        Weights of one dtype, N = 2 I when gated (gate rows, then up rows).  Borrowed, never written.
+    activation : MoEActivation, str or ActivationConfig
+    gate : ndarray, (1, K) or (K,), or Gate, optional
+        One logit a token (Qwen2-MoE).
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        An array is not of that form.
+    """
+
+    def __init__(
+        self,
+        w1: Array,
+        w2: Array,
+        activation: MoEActivation | RegisteredActivation | ActivationConfig | str = "silu",
+        gate: Array | Gate | None = None,
+    ) -> None:
+        call = "SharedExperts"
+        w1, w2 = as_numpy(call, "w1", w1), as_numpy(call, "w2", w2)
+        checks.shape(call, "w1", w1, (None, None))
+        checks.shape(call, "w2", w2, (None, None))
+        self.activation = resolve_activation(call, activation, FUSED_MOE_UNQUANTIZED_CONFIG)
+        checks.weights(call, w1[None], w2[None], w1.shape[1], self.activation, FUSED_MOE_UNQUANTIZED_CONFIG)
+        self.w1, self.w2 = w1, w2
+        self.gate = None if gate is None else self._as_gate(gate)
+
+    def _as_gate(self, gate: Array | Gate) -> Gate:
+        if not isinstance(gate, Gate):
+            weight = as_numpy("SharedExperts", "gate", gate)
+            gate = Gate(weight[None] if weight.ndim == 1 else weight)
+        if gate.weight.shape != (1, self.w1.shape[1]):
+            rule = f"have shape (1, {self.w1.shape[1]})"
+            raise ShapeError(complaint("SharedExperts", "gate", rule, gate.weight.shape))
+        return gate
+
+    def __call__(self, hidden_states: Array) -> Array:
+        """Return the shared output, (M, K) float32, of tokens (M, K); the intermediate is rounded to their dtype."""
+        x = as_numpy("SharedExperts", "hidden_states", hidden_states)
+        checks.hidden("SharedExperts", "hidden_states", x, self.w1.shape[1])
+        weights = ExpertWeights.of(self.w1[None], self.w2[None], self.activation, FUSED_MOE_UNQUANTIZED_CONFIG, x.dtype)
+        y = np.empty((x.shape[0], self.w2.shape[0]), np.float32)
+        for start in range(0, x.shape[0], _CHUNK_ROWS):
+            rows = np.arange(start, min(start + _CHUNK_ROWS, x.shape[0]))
+            y[rows] = weights.routed_rows(x, None, np.array([0, len(rows)]), rows, a2_scale=None)
+        if self.gate is not None:
+            with np.errstate(all="ignore"):
+                y *= 1 / (1 + np.exp(-self.gate(x)))
+        return y

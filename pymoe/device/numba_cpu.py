@@ -1,0 +1,97 @@
+"""Numba on the CPU: kernels that release the GIL, and a disk cache only where nobody else can write.
+
+Imported inside functions only, since it loads Numba.  Kernels are serial: threads are `pymoe.device.threads`, because
+Numba's own threading layers are not all safe between threads or after a fork.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding
+import numba
+from numba.core import caching
+
+from pymoe import environment
+from pymoe._version import __version__
+
+__all__ = ["jit"]
+
+
+def jit(function: Callable[..., Any] | None = None, *, fastmath: Any = False, inline: str = "never") -> Any:
+    """Compile a function for the CPU on its first call, without the GIL; as decorator with or without arguments.
+
+    IEEE arithmetic unless `fastmath` names what may be relaxed.
+    """
+    if function is None:
+        return lambda f: jit(f, fastmath=fastmath, inline=inline)
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath, inline=inline)(function)
+    folder = _cache_folder()
+    if folder is not None:
+        locator = type("PymoeLocator", (_Locator,), {"folder": str(folder)})
+        impl = type("PymoeCacheImpl", (caching.CompileResultCacheImpl,), {"_locator_classes": [locator]})
+        cache = type("PymoeCache", (caching.FunctionCache,), {"_impl_class": impl})
+        try:
+            compiled._cache = cache(function)
+        except RuntimeError:  # no source file to key the cache by
+            environment.logger.debug("numba cache off for %s", function.__qualname__)
+    return compiled
+
+
+class _Locator(caching.UserProvidedCacheLocator):
+    """A cache locator with a fixed folder; the index is keyed by the source file's time and size."""
+
+    folder = ""
+
+    def __init__(self, py_func: Any, py_file: str) -> None:
+        self._py_file = py_file
+        self._lineno = py_func.__code__.co_firstlineno
+        self._cache_path = os.path.join(self.folder, hashlib.sha256(py_file.encode()).hexdigest()[:16])
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> Any:
+        if not os.path.exists(py_file):
+            return None
+        locator = cls(py_func, py_file)
+        try:
+            locator.ensure_cache_path()
+        except OSError:
+            return None
+        return locator
+
+    def ensure_cache_path(self) -> None:
+        os.makedirs(self._cache_path, mode=0o700, exist_ok=True)
+
+
+def _cache_folder() -> Path | None:
+    """Return the folder of this version and processor, or None where loading from it would not be safe.
+
+    Numba's cache is a pickle, so whoever can write the folder can run code here: it and its parent must be ours, 0700
+    and no symbolic links.
+    """
+    features = llvmlite.binding.get_host_cpu_features().flatten()
+    machine = f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__} {llvmlite.__version__}"
+    digest = hashlib.sha256(machine.encode()).hexdigest()[:16]
+    base = environment.cache_dir()
+    folder = base / f"numba-{__version__}-{digest}"
+    try:
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if all(is_private(path) for path in (base, folder)):
+            return folder
+        environment.logger.warning("numba cache off: %s is not a folder of this user alone (mode 0700)", folder)
+    except OSError as error:
+        environment.logger.debug("numba cache off: %s", error)
+    return None
+
+
+def is_private(folder: Path) -> bool:
+    """Return whether `folder` is a real folder that this user owns and nobody else may enter or write."""
+    found = os.lstat(folder)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077

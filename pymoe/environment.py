@@ -1,0 +1,88 @@
+"""The one reader of ``PYMOE_*`` variables, and the process-wide checked mode.
+
+Every variable is read when it is needed, so that a test or a script may set it after the import.  ``docs/environment``
+lists them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from pymoe.errors import ArgumentError, complaint
+
+__all__ = ["cache_dir", "checked", "is_checked", "logger", "num_threads", "show_debug", "timeout_s", "transport"]
+
+logger = logging.getLogger("pymoe")
+logger.addHandler(logging.NullHandler())
+
+_checked: bool | None = None
+
+
+def checked(flag: bool = True) -> bool:
+    """Switch the checked mode, in which an expert id other than -1 outside the range raises; return the old setting.
+
+    Without a call the mode is on if ``PYMOE_CHECK`` is 1.
+    """
+    global _checked
+    before = is_checked()
+    _checked = bool(flag)
+    return before
+
+
+def is_checked() -> bool:
+    """Return whether the checked mode is on."""
+    return _flag("PYMOE_CHECK") if _checked is None else _checked
+
+
+def cache_dir() -> Path:
+    """Return the folder of compiled kernels: ``PYMOE_CACHE_DIR``, else pymoe's in the user's cache folder."""
+    if os.environ.get("PYMOE_CACHE_DIR"):
+        return Path(os.environ["PYMOE_CACHE_DIR"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path(os.path.expanduser("~")) / ".cache") / "pymoe"
+
+
+def num_threads() -> int:
+    """Return how many CPU threads a call may use: ``PYMOE_NUM_THREADS``, else the cores this process may run on."""
+    text = os.environ.get("PYMOE_NUM_THREADS", "")
+    if not text:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    value = _number("PYMOE_NUM_THREADS", text)
+    if value < 1 or value != int(value):
+        raise ArgumentError(complaint("pymoe", "PYMOE_NUM_THREADS", "be a positive whole number", repr(text)))
+    return int(value)
+
+
+def timeout_s() -> float:
+    """Return the deadline of every wait between ranks in seconds: ``PYMOE_TIMEOUT_S``, default 60."""
+    text = os.environ.get("PYMOE_TIMEOUT_S", "")
+    value = _number("PYMOE_TIMEOUT_S", text) if text else 60.0
+    if not value > 0:
+        raise ArgumentError(complaint("pymoe", "PYMOE_TIMEOUT_S", "be above 0 seconds", repr(text)))
+    return value
+
+
+def transport() -> str:
+    """Return the transport forced by ``PYMOE_TRANSPORT``, or "auto"."""
+    return os.environ.get("PYMOE_TRANSPORT", "") or "auto"
+
+
+def show_debug() -> bool:
+    """Return whether ``PYMOE_LOG=debug`` asks for tracebacks and debug lines."""
+    return os.environ.get("PYMOE_LOG", "").lower() == "debug"
+
+
+def _flag(name: str) -> bool:
+    text = os.environ.get(name, "")
+    if text not in ("", "0", "1"):
+        raise ArgumentError(complaint("pymoe", name, "be 0 or 1", repr(text)))
+    return text == "1"
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentError(complaint("pymoe", name, "be a number", repr(text))) from None

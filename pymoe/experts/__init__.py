@@ -1,0 +1,8 @@
+"""Experts: permute, GEMM1, activation, GEMM2, unpermute, as one of the contract's classes each."""
+
+from pymoe.experts.cpu import CpuExperts
+from pymoe.experts.cpu_monolithic import CpuMonolithicExperts
+from pymoe.experts.naive_batched import NaiveBatchedExperts
+from pymoe.experts.numpy_reference import NumpyReferenceExperts
+
+__all__ = ["CpuExperts", "CpuMonolithicExperts", "NaiveBatchedExperts", "NumpyReferenceExperts"]

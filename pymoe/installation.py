@@ -1,0 +1,69 @@
+"""What is installed here: versions, threads, caches and optional libraries, found without loading any of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+from pymoe import environment
+from pymoe._version import __version__
+
+__all__ = ["installation", "show_config"]
+
+_REQUIRED = ("numpy", "ml_dtypes", "numba")
+_OPTIONAL = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "mpi4py": ("mpi4py",), "matplotlib": ("matplotlib",)}
+
+
+def installation() -> dict[str, str]:
+    """Return name -> version or state, in the order in which it is shown."""
+    found = {
+        "pymoe": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "processor": processor(),
+        "threads": f"{environment.num_threads()} of {os.cpu_count()} cores (PYMOE_NUM_THREADS)",
+        "cache": f"{environment.cache_dir()} (PYMOE_CACHE_DIR)",
+        "checked mode": "on" if environment.is_checked() else "off (PYMOE_CHECK=1)",
+    }
+    for name in _REQUIRED:
+        found[name] = _version(name, (name,))
+    for name, distributions in _OPTIONAL.items():
+        found[name] = _version(name, distributions)
+    return found
+
+
+def show_config() -> None:
+    """Print what pymoe found on this machine, one line an item; loads no optional library.
+
+    Examples
+    --------
+    >>> import pymoe
+    >>> pymoe.show_config()  # doctest: +SKIP
+    """
+    found = installation()
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:{width}}  {value}")
+
+
+def processor() -> str:
+    """Return the processor's own name where Linux tells it, else what `platform` knows."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(module: str, distributions: tuple[str, ...]) -> str:
+    if importlib.util.find_spec(module) is None:
+        return "not installed"
+    for distribution in distributions:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "installed, version unknown"

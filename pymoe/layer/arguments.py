@@ -1,0 +1,80 @@
+"""Checks of a layer's constructor, made before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pymoe import checks
+from pymoe.config import RoutingConfig
+from pymoe.dense import Gate
+from pymoe.device.arrays import as_numpy
+from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
+
+Array = Any
+
+
+def check_single_process(call: str, comm: Any, transport: str) -> None:
+    """Refuse a communicator of several ranks, and a transport that one rank has no use for."""
+    ranks = 1 if comm is None else comm.Get_size() if hasattr(comm, "Get_size") else getattr(comm, "size", None)
+    if ranks is None:
+        raise DTypeError(complaint(call, "comm", "be a communicator or None", type(comm).__name__))
+    if ranks > 1:
+        raise UnsupportedError(
+            complaint(call, "comm", "have one rank until expert parallelism lands", f"{ranks} ranks")
+        )
+    if not isinstance(transport, str):
+        raise DTypeError(complaint(call, "transport", "be a string", type(transport).__name__))
+    if transport != "auto":
+        raise UnsupportedError(complaint(call, "transport", "be 'auto' for one rank", repr(transport)))
+
+
+def topk_of(call: str, topk: Any, num_experts: int) -> int:
+    """Return topk as int, or refuse it."""
+    topk = checks.integer(call, "topk", topk, 1)
+    if topk > num_experts:
+        raise ArgumentError(complaint(call, "topk", f"be at most the {num_experts} experts", topk))
+    return topk
+
+
+def routing_of(call: str, routing: Any, topk: int, num_experts: int) -> RoutingConfig:
+    """Return the routing, the default one for None, or refuse one for another topk or number of experts."""
+    if routing is None:
+        return RoutingConfig(topk)
+    if not isinstance(routing, RoutingConfig):
+        raise DTypeError(complaint(call, "routing", "be a RoutingConfig or None", type(routing).__name__))
+    if routing.topk != topk:
+        raise ArgumentError(complaint(call, "routing.topk", f"equal topk = {topk}", routing.topk))
+    if routing.e_score_correction_bias is not None:
+        checks.shape(call, "e_score_correction_bias", np.asarray(routing.e_score_correction_bias), (num_experts,))
+    return routing
+
+
+def gate_of(call: str, gate: Array | Gate, num_experts: int, K: int) -> Gate:
+    """Return the gate as a `Gate`, or refuse one of another shape."""
+    if not isinstance(gate, Gate):
+        gate = Gate(as_numpy(call, "gate", gate))
+    if gate.weight.shape != (num_experts, K):
+        raise ShapeError(complaint(call, "gate", f"have shape ({num_experts}, {K})", gate.weight.shape))
+    return gate
+
+
+def expert_map_of(call: str, placement: Any, num_experts: int, E_local: int) -> Array | None:
+    """Return the (num_experts,) int32 map for the global ids in `placement`; None where each expert is in its place."""
+    if isinstance(placement, str):
+        if placement != "linear":
+            raise ArgumentError(complaint(call, "placement", "be 'linear' or global ids", repr(placement)))
+        if num_experts != E_local:
+            rule = f"equal w1's {E_local} experts with a linear placement"
+            raise ArgumentError(complaint(call, "num_experts", rule, num_experts, "Give placement as global ids"))
+        return None
+    ids = [checks.integer(call, "placement", expert, 0) for expert in placement]
+    if len(ids) != E_local or len(set(ids)) != len(ids) or any(expert >= num_experts for expert in ids):
+        rule = f"name {E_local} different global experts in 0..{num_experts - 1}"
+        raise ArgumentError(complaint(call, "placement", rule, ids))
+    if ids == list(range(num_experts)):
+        return None
+    mapping = np.full(num_experts, -1, np.int32)
+    mapping[ids] = np.arange(E_local, dtype=np.int32)
+    return mapping

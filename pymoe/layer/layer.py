@@ -1,0 +1,400 @@
+"""The layer object: router, routed experts and shared experts of one MoE layer, built once and called often."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from pymoe import checks
+from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
+from pymoe.config import FusedMoEConfig, RoutingConfig, resolve_activation
+from pymoe.dense import Gate, SharedExperts
+from pymoe.device.arrays import as_numpy
+from pymoe.errors import ArgumentError, ClosedError, DTypeError, UnsupportedError, complaint
+from pymoe.kernel import FusedMoEKernel
+from pymoe.layer.arguments import check_single_process, expert_map_of, gate_of, routing_of, topk_of
+from pymoe.layer.plan import Plan
+from pymoe.ops.route import route
+from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
+from pymoe.select import Refusal, select
+from pymoe.tokens import local_ids
+
+__all__ = ["MoELayer", "Plan"]
+
+Array = Any
+
+
+class MoELayer:
+    """A Mixture-of-Experts layer.  Thread-safe; weights are borrowed, inputs never written.
+
+    Parameters
+    ----------
+    w1 : ndarray, (E_local, N, K), w2 : ndarray, (E_local, K, I)
+        Weights of one dtype, or codes under `quant_config`.
+    topk : int
+        Experts a token.
+    num_experts : int, optional
+        Global experts; default E_local.
+    gate : ndarray, (num_experts, K), or Gate, optional
+        Router; without it every call brings logits, or ids and weights.
+    activation : MoEActivation, str or ActivationConfig
+    quant_config : FusedMoEQuantConfig, optional
+    routing : RoutingConfig, optional
+        Default: softmax over all experts, top-k, renormalized.
+    shared_experts : callable or SharedExperts, optional
+        Maps tokens (M, K) to (M, K); y is the sum of routed and shared in float32, rounded once.
+    comm : communicator, optional
+        Of one rank for now.
+    placement : "linear" or sequence of int
+        Global id of each local expert; "linear" holds them all.
+    transport : {"auto"}
+        How ranks exchange tokens.
+    max_num_tokens : int, optional
+        Calls with more tokens are refused.
+    chunk_size : int, optional
+        Tokens that the experts see at once; default 16384.
+    deterministic, batch_invariant : bool, optional
+        The CPU is both, always.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, UnsupportedError
+        An argument is wrong, or no experts support the configuration.
+
+    Examples
+    --------
+    >>> import numpy as np, pymoe
+    >>> rng = np.random.default_rng(0)
+    >>> w1 = rng.standard_normal((4, 16, 8), dtype=np.float32)
+    >>> w2 = rng.standard_normal((4, 8, 8), dtype=np.float32)
+    >>> layer = pymoe.MoELayer(w1, w2, topk=2, gate=rng.standard_normal((4, 8), dtype=np.float32))
+    >>> layer(rng.standard_normal((3, 8), dtype=np.float32)).shape
+    (3, 8)
+    >>> int(layer.last_load.sum())
+    6
+    """
+
+    def __init__(
+        self,
+        w1: Array,
+        w2: Array,
+        *,
+        topk: int,
+        num_experts: int | None = None,
+        gate: Array | Gate | None = None,
+        activation: MoEActivation | RegisteredActivation | ActivationConfig | str = "silu",
+        quant_config: FusedMoEQuantConfig | None = None,
+        routing: RoutingConfig | None = None,
+        shared_experts: Any = None,
+        comm: Any = None,
+        placement: Any = "linear",
+        transport: str = "auto",
+        max_num_tokens: int | None = None,
+        chunk_size: int | None = None,
+        deterministic: bool = True,
+        batch_invariant: bool | None = None,
+    ) -> None:
+        call = "MoELayer"
+        check_single_process(call, comm, transport)
+        config = FUSED_MOE_UNQUANTIZED_CONFIG if quant_config is None else quant_config
+        checks.quant_config_type(call, config)
+        self.activation = resolve_activation(call, activation, config)
+        self._w1, self._w2 = as_numpy(call, "w1", w1), as_numpy(call, "w2", w2)
+        checks.shape(call, "w2", self._w2, (None, None, None))
+        self.K = self._w2.shape[1]
+        E_local, N, self.I = checks.weights(call, self._w1, self._w2, self.K, self.activation, config)
+        self.quant_config = checks.quant_config(call, config, E_local, N, self.K, self.I)
+        self.num_experts = E_local if num_experts is None else checks.integer(call, "num_experts", num_experts, 1)
+        self._expert_map = expert_map_of(call, placement, self.num_experts, E_local)
+        self.topk = topk_of(call, topk, self.num_experts)
+        self.routing = routing_of(call, routing, self.topk, self.num_experts)
+        self.gate = None if gate is None else gate_of(call, gate, self.num_experts, self.K)
+        if shared_experts is not None and not callable(shared_experts):
+            raise DTypeError(complaint(call, "shared_experts", "be callable or None", type(shared_experts).__name__))
+        self.shared_experts = shared_experts
+        self.max_num_tokens = None
+        if max_num_tokens is not None:
+            self.max_num_tokens = checks.integer(call, "max_num_tokens", max_num_tokens, 1)
+        self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
+        floating = self._w1.dtype.name in ("float32", "float16", "bfloat16")
+        self.dtype = self._w1.dtype if floating else np.dtype("float32")
+        self._kernels: dict[Any, tuple[FusedMoEKernel, tuple[Refusal, ...]]] = {}
+        self._lock = threading.Lock()
+        self._last_load: Array | None = None
+        self._closed = False
+        self._kernel(self.dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | os.PathLike[str],
+        layer: int,
+        *,
+        experts: Any = None,
+        scheme: str | None = None,
+        comm: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> MoELayer:
+        """Build the layer number `layer` of the checkpoint in `folder`.
+
+        Parameters
+        ----------
+        folder : path
+            With ``config.json`` and safetensors files; Mixtral's layout.
+        layer : int
+            Number of the decoder layer.
+        experts : sequence of int, optional
+            Global ids to load; the others map to -1 and contribute 0.
+        scheme : str, optional
+            Quantize the weights on the way, see `quantize_experts`.
+        comm : communicator, optional
+            Of one rank for now.
+        dtype : dtype, optional
+            Computing dtype, to which floating weights are cast; default the checkpoint's.
+        **options
+            Further keywords of `MoELayer`.
+
+        Raises
+        ------
+        CheckpointError
+            A file is missing, malformed, or of an unknown family; names file and tensor.
+        """
+        from pymoe.checkpoint import load_layer
+        from pymoe.ops.quantize import quantize_experts
+
+        check_single_process("MoELayer.from_checkpoint", comm, "auto")
+        weights = load_layer(folder, layer, experts=experts, dtype=dtype)
+        w1, w2, quant_config = weights.w1, weights.w2, weights.quant_config
+        if scheme is not None:
+            if quant_config is not None:
+                rule = "be None for a checkpoint that is quantized already"
+                raise ArgumentError(complaint("MoELayer.from_checkpoint", "scheme", rule, repr(scheme)))
+            w1, w2, quant_config = quantize_experts(w1, w2, scheme)
+        settings = {
+            "gate": weights.gate,
+            "activation": weights.activation,
+            "routing": weights.routing,
+            "shared_experts": weights.shared_experts,
+            "placement": list(weights.experts),
+        }
+        built = cls(
+            w1,
+            w2,
+            topk=weights.topk,
+            num_experts=weights.num_experts,
+            quant_config=quant_config,
+            comm=comm,
+            **(settings | options),
+        )
+        if w1.dtype.name not in ("float32", "float16", "bfloat16"):
+            built.dtype = np.dtype(weights.dtype)
+        return built
+
+    def __call__(
+        self,
+        hidden_states: Array,
+        router_logits: Array | None = None,
+        topk_weights: Array | None = None,
+        topk_ids: Array | None = None,
+        *,
+        input_ids: Array | None = None,
+        shared_experts_input: Array | None = None,
+        out: Array | None = None,
+    ) -> Array:
+        """Run the layer.
+
+        Parameters
+        ----------
+        hidden_states : ndarray, (M, K), float32 | float16 | bfloat16
+        router_logits : ndarray, (M, num_experts), float, optional
+            In place of the gate's.
+        topk_weights, topk_ids : ndarray, (M, topk), optional
+            Both, in place of a router.
+        input_ids : ndarray, (M,), optional
+            For routers that look experts up.
+        shared_experts_input : ndarray, optional
+            What the shared experts get instead of `hidden_states` (latent MoE).
+        out : ndarray, (M, K), dtype of `hidden_states`, optional
+            Written and returned; must not overlap an input.
+
+        Returns
+        -------
+        ndarray, (M, K), dtype of `hidden_states`
+
+        Raises
+        ------
+        ClosedError
+            After `close`.
+        ShapeError, DTypeError, ArgumentError
+            An argument is wrong; nothing has been computed.
+        """
+        call = "MoELayer"
+        self._check_open(call)
+        x = as_numpy(call, "hidden_states", hidden_states)
+        checks.hidden(call, "hidden_states", x, self.K)
+        self._check_tokens(call, x.shape[0])
+        if out is not None:
+            named = {"hidden_states": x, "router_logits": router_logits, "topk_weights": topk_weights,
+                     "topk_ids": topk_ids, "shared_experts_input": shared_experts_input}  # fmt: skip
+            out = as_numpy(call, "out", out)
+            checks.output(call, out, *x.shape, x.dtype, named | {"w1": self._w1, "w2": self._w2})
+        weights, ids = self._route(call, x, router_logits, topk_weights, topk_ids, input_ids)
+        y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, out)
+        local = local_ids(ids, self.num_experts, self._expert_map)
+        load = np.bincount(ids[local >= 0].astype(np.int64), minlength=self.num_experts)
+        load.flags.writeable = False
+        self._last_load = load
+        return y
+
+    def _route(
+        self, call: str, x: Array, router_logits: Any, topk_weights: Any, topk_ids: Any, input_ids: Any
+    ) -> tuple[Array, Array]:
+        """Return checked (weights, ids) from whatever the call brought, else from the gate."""
+        if (topk_weights is None) != (topk_ids is None):
+            missing, other = ("topk_ids", "topk_weights") if topk_ids is None else ("topk_weights", "topk_ids")
+            raise ArgumentError(complaint(call, missing, f"be given with {other}", None))
+        if topk_ids is not None:
+            if router_logits is not None:
+                raise ArgumentError(complaint(call, "router_logits", "be None beside topk arrays", "both"))
+            ids = as_numpy(call, "topk_ids", topk_ids)
+            checks.shape(call, "topk_ids", ids, (x.shape[0], self.topk))
+            weights, ids = checks.topk_arrays(call, as_numpy(call, "topk_weights", topk_weights), ids, x.shape[0])
+            return weights, checks.legal_ids(call, ids, self.num_experts)
+        if router_logits is not None:
+            logits = as_numpy(call, "router_logits", router_logits)
+            checks.shape(call, "router_logits", logits, (x.shape[0], self.num_experts))
+            checks.float_dtype(call, "router_logits", logits)
+        elif self.gate is not None:
+            logits = self.gate(x)
+        else:
+            rule = "be given to a layer without a gate"
+            raise ArgumentError(complaint(call, "router_logits", rule, None, "Or give topk_weights and topk_ids"))
+        weights, ids = route(logits, self.routing, hidden_states=x, input_ids=input_ids)
+        return weights, checks.legal_ids(call, ids, self.num_experts)
+
+    def _run(
+        self, call: str, kernel: FusedMoEKernel, x: Array, weights: Array, ids: Array, shared_input: Any, out: Any
+    ) -> Array:
+        """Run routed and shared experts; their sum is taken in float32 and rounded once."""
+        shared = kernel.impl.shared_experts is not None  # type: ignore[union-attr]
+        result = kernel.apply_as(
+            call,
+            x,
+            self._w1,
+            self._w2,
+            topk_weights=weights,
+            topk_ids=ids,
+            activation=self.activation,
+            global_num_experts=self.num_experts,
+            expert_map=self._expert_map,
+            apply_router_weight_on_input=self.routing.apply_router_weight_on_input,
+            shared_experts_input=shared_input,
+            out=None if shared else out,
+            out_dtype=np.float32 if shared else None,
+        )
+        if not shared:
+            return result
+        beside, routed = result
+        beside = as_numpy(call, "the shared experts' output", beside)
+        checks.shape(call, "the shared experts' output", beside, routed.shape)
+        out = np.empty(x.shape, x.dtype) if out is None else out
+        with np.errstate(all="ignore"):
+            routed += beside.astype(np.float32)
+            out[...] = routed.astype(x.dtype)
+        return out
+
+    def plan(self, M: int) -> Plan:
+        """Return what a call with `M` tokens of `dtype` does, and every candidate that was refused with its reason."""
+        self._check_open("MoELayer.plan")
+        M = checks.integer("MoELayer.plan", "M", M, 0)
+        self._check_tokens("MoELayer.plan", M)
+        kernel, refused = self._kernel(self.dtype)
+        chunks, _ = kernel.impl._chunk_info(M)  # type: ignore[union-attr]
+        names = type(kernel.prepare_finalize).__name__, type(kernel.fused_experts).__name__
+        return Plan(*names, kernel.workspace_bytes(M), 0, chunks, refused)
+
+    def warm_up(self, M: int = 1) -> None:
+        """Compile what a call with `M` tokens of `dtype` runs, by running one on zeros; `last_load` stays."""
+        self._check_open("MoELayer.warm_up")
+        M = checks.integer("MoELayer.warm_up", "M", M, 0)
+        self._check_tokens("MoELayer.warm_up", M)
+        x = np.zeros((M, self.K), self.dtype)
+        logits = np.zeros((M, self.num_experts), np.float32) if self.gate is None else self.gate(x)
+        if self.routing.custom_routing_function is None:
+            route(logits, self.routing, hidden_states=x, input_ids=np.zeros(M, np.int64))
+        ids = np.arange(M * self.topk, dtype=np.int32).reshape(M, self.topk) % self.num_experts
+        kernel = self._kernel(self.dtype)[0]
+        routed_only = FusedMoEKernel(kernel.prepare_finalize, kernel.fused_experts, chunk_size=self._chunk_size)
+        self._run("MoELayer.warm_up", routed_only, x, np.zeros(ids.shape, np.float32), ids, None, None)
+        if isinstance(self.shared_experts, SharedExperts):
+            self.shared_experts(x)
+
+    def capture(self, M: int, inputs: str = "hidden") -> Any:
+        """Capture a call with `M` tokens in a CUDA graph; the CPU has none.
+
+        Raises UnsupportedError on the CPU, always.
+        """
+        self._check_open("MoELayer.capture")
+        rule = "run on CUDA arrays to be captured"
+        raise UnsupportedError(complaint("MoELayer.capture", "the layer", rule, "NumPy weights"))
+
+    @property
+    def last_load(self) -> Array | None:
+        """Rows that each global expert computed here in the last call, (num_experts,) int64, read-only; None before."""
+        return self._last_load
+
+    def close(self) -> None:
+        """Let go of the weights and kernels; later calls raise `ClosedError`.  May be called again."""
+        with self._lock:
+            self._closed = True
+            self._kernels.clear()
+            self._w1 = self._w2 = None
+            self.gate = self.shared_experts = None
+
+    def __enter__(self) -> MoELayer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        key = self.quant_config.weight_key
+        return (
+            f"MoELayer(E={self.num_experts}, K={self.K}, I={self.I}, topk={self.topk}, "
+            f"activation={self.activation.activation.value!r}, weights={'as given' if key is None else key.name})"  # type: ignore[union-attr]
+        )
+
+    def _kernel(self, dtype: Any) -> tuple[FusedMoEKernel, tuple[Refusal, ...]]:
+        """Return the kernel for hidden dtype `dtype` with its refusals, chosen at the first call with that dtype."""
+        with self._lock:
+            if dtype not in self._kernels:
+                config = FusedMoEConfig(
+                    num_experts=self.num_experts,
+                    experts_per_token=self.topk,
+                    hidden_dim=self.K,
+                    intermediate_size_per_partition=self.I,
+                    num_local_experts=self._w1.shape[0],
+                    activation=self.activation,
+                    in_dtype=dtype,
+                    routing=self.routing,
+                    has_bias=self.quant_config.w1.bias is not None or self.quant_config.w2.bias is not None,
+                )
+                choice = select(config, self.quant_config)
+                kernel = FusedMoEKernel(
+                    choice.prepare_finalize, choice.experts, self.shared_experts, chunk_size=self._chunk_size
+                )
+                self._kernels[dtype] = kernel, choice.refused
+            return self._kernels[dtype]
+
+    def _check_open(self, call: str) -> None:
+        if self._closed:
+            raise ClosedError(complaint(call, "the layer", "be open", "a closed one"))
+
+    def _check_tokens(self, call: str, M: int) -> None:
+        if self.max_num_tokens is not None and M > self.max_num_tokens:
+            rule = f"bring at most max_num_tokens = {self.max_num_tokens} tokens"
+            raise ArgumentError(complaint(call, "a call", rule, M))

@@ -1,0 +1,103 @@
+"""The definition of every activation: float32 operations in the order written here.
+
+The transcendental functions exp, tanh and erfc take a float32 and give the correctly rounded float32, by way of float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
+
+Array = Any
+
+_SQRT_HALF = np.float32(math.sqrt(0.5))
+_TANH_SCALE = np.float32(-2.0 * math.sqrt(2.0 / math.pi))
+_TANH_CUBIC = np.float32(0.044715)
+_ONE = np.float32(1)
+_erfc64 = np.frompyfunc(math.erfc, 1, 1)
+
+
+def activation(x: Array, config: ActivationConfig, out: Array) -> None:
+    kind = config.activation
+    with np.errstate(all="ignore"):
+        x = x.astype(np.float32, copy=False)
+        if not config.is_gated:
+            y = _call(kind, x) if isinstance(kind, RegisteredActivation) else _UNGATED[kind](x)
+        else:
+            I = x.shape[1] // 2  # noqa: E741  the project's symbol
+            gate, up = (x[:, 0::2], x[:, 1::2]) if config.is_interleaved else (x[:, :I], x[:, I:])
+            y = _call(kind, gate, up) if isinstance(kind, RegisteredActivation) else _gated(gate, up, config)
+        out[...] = y
+
+
+def _exp(z: Array) -> Array:
+    return np.exp(z.astype(np.float64)).astype(np.float32)
+
+
+def _tanh(z: Array) -> Array:
+    return np.tanh(z.astype(np.float64)).astype(np.float32)
+
+
+def _erfc(z: Array) -> Array:
+    return _erfc64(z).astype(np.float32)
+
+
+def silu(g: Array, alpha: float = 1.0) -> Array:
+    """Return ``g * sigmoid(alpha * g)``; division keeps it exact where the exponential vanishes against 1."""
+    return g / (_ONE + _exp(np.float32(-alpha) * g))
+
+
+def gelu(g: Array) -> Array:
+    """Return ``g/2 * (1 + erf(g / sqrt 2))`` through erfc, which does not cancel for negative g."""
+    return np.float32(0.5) * g * _erfc(-_SQRT_HALF * g)
+
+
+def gelu_tanh(g: Array) -> Array:
+    """Return ``g/2 * (1 + tanh z)`` as ``g * sigmoid(2 z)``, which does not cancel for negative g."""
+    return g / (_ONE + _exp(_TANH_SCALE * (g + _TANH_CUBIC * (g * g * g))))
+
+
+def relu2(g: Array) -> Array:
+    positive = np.maximum(g, np.float32(0))
+    return positive * positive
+
+
+_UNGATED = {
+    MoEActivation.SILU_NO_MUL: silu,
+    MoEActivation.GELU_NO_MUL: gelu,
+    MoEActivation.GELU_TANH_NO_MUL: gelu_tanh,
+    MoEActivation.RELU2_NO_MUL: relu2,
+}
+
+
+def _gated(gate: Array, up: Array, config: ActivationConfig) -> Array:
+    kind, p = config.activation, config.resolved()
+    limit = None if p["clamp_limit"] is None else np.float32(p["clamp_limit"])
+    if kind is MoEActivation.GELU:
+        return gelu(gate) * up
+    if kind is MoEActivation.GELU_TANH:
+        return gelu_tanh(gate) * up
+    if kind is MoEActivation.SWIGLUSTEP:
+        return np.minimum(silu(gate), limit) * np.clip(up, -limit, limit)
+    if kind is MoEActivation.SITU:
+        return _situ(gate, up, p["situ_beta"], p["situ_linear_beta"])
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return silu(gate, p["alpha"]) * (up + np.float32(p["beta"]))
+
+
+def _situ(gate: Array, up: Array, beta: float, linear_beta: float | None) -> Array:
+    b = np.float32(beta)
+    if linear_beta is not None and linear_beta > 0:
+        up = np.float32(linear_beta) * _tanh(up / np.float32(linear_beta))
+    return b * _tanh(gate / b) / (_ONE + _exp(-gate)) * up
+
+
+def _call(kind: RegisteredActivation, *arguments: Array) -> Array:
+    """Apply a user's function to float32 scalars, element by element."""
+    scalars = zip(*(a.reshape(-1) for a in arguments), strict=True)
+    return np.array([kind.fn(*s) for s in scalars], np.float32).reshape(arguments[0].shape)

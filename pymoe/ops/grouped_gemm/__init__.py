@@ -1,0 +1,173 @@
+"""Grouped GEMM: every row times the weights of the expert that owns it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pymoe import checks
+from pymoe.codec.e8m0 import decode_e8m0
+from pymoe.codec.fp4 import unpack_nibbles
+from pymoe.codec.fp8 import decode_e4m3
+from pymoe.codec.weights import WeightOperand, code_table
+from pymoe.device.arrays import as_float32, as_numpy
+from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
+from pymoe.ops.grouped_gemm import _numpy
+from pymoe.quantization import QuantKey
+
+__all__ = ["grouped_gemm"]
+
+Array = Any
+
+_CALL = "grouped_gemm"
+
+
+def grouped_gemm(
+    a: Array,
+    w: WeightOperand,
+    expert_offsets: Array,
+    *,
+    gather: Array | None = None,
+    a_scale: Array | None = None,
+    a_key: QuantKey | None = None,
+    bias: Array | None = None,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Multiply rows grouped by expert with that expert's weights.
+
+    Stage: permute -> **GEMM1** -> activation -> **GEMM2** -> unpermute.
+
+    Parameters
+    ----------
+    a : ndarray, (rows, K)
+        float32, float16 or bfloat16, or codes under `a_key` with `a_scale`.
+    w : WeightOperand
+        (E, N, K); row = output feature.
+    expert_offsets : ndarray, (E + 1,), integer
+        Rows of expert e are ``expert_offsets[e]:expert_offsets[e + 1]``; the last entry is P.
+    gather : ndarray, (P,), integer, optional
+        Row of `a` for each row; None is the row itself.
+    a_scale : ndarray, optional
+        (1,) for all rows, (rows, 1) a row, or (rows, groups) along k; a pair of that and nvfp4's global scale.
+    a_key : QuantKey, optional
+        How `a` is quantized; None where it is floats.
+    bias : ndarray, (E, N) float32, optional
+        Added after all scales.
+    out : ndarray, (P, N) float32, C-contiguous, optional
+        Written and returned.
+    backend : {"numpy", "numba"}, optional
+        None is "numba".
+
+    Returns
+    -------
+    ndarray, (P, N), float32
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError
+        Arguments that do not fit each other; nothing has been computed.
+
+    Notes
+    -----
+    Sums run over k in float32 (int8 by int8: exact integers).  Tensor, channel and token scales multiply the sum
+    afterwards, first the row's, then the weight's; blocks of fp8 and int8 scale their partial sums; mx, nvfp4 and
+    weight-only schemes scale before the sum.  A row's bits depend on no other row, nor on the number of rows or threads.
+
+    Source
+    ------
+    vLLM 0.33.0 ``fused_moe_kernel``; differs: no padding of rows, float32 result.
+    """
+    if backend not in (None, "numpy", "numba"):
+        raise ArgumentError(complaint(_CALL, "backend", "be 'numpy', 'numba' or None", repr(backend)))
+    a = as_numpy(_CALL, "a", a)
+    E, N = w.codes.shape[:2]
+    offsets, gather = _rows(expert_offsets, E, gather, a)
+    P = int(offsets[-1])
+    if out is None:
+        out = np.empty((P, N), np.float32)
+    elif out.shape != (P, N) or out.dtype != np.float32 or not out.flags.c_contiguous:
+        got = f"{out.dtype} {out.shape}"
+        raise ShapeError(complaint(_CALL, "out", f"be C-contiguous float32 of shape {(P, N)}", got))
+    if bias is not None:
+        checks.shape(_CALL, "bias", bias, (E, N))
+    rows, a_scale = _activations(a, w, a_key, a_scale)
+    blocked = a_key is not None and w.key is not None and w.row_scale is None and w.key.dtype in ("fp8", "int8")
+    blocked = blocked and a_scale is not None
+    group = w.block[1] if blocked else w.K
+    if P and N:
+        if backend == "numpy":
+            _numpy.grouped_gemm(rows, w, offsets, gather, a_scale, group, out)
+        else:
+            from pymoe.ops.grouped_gemm import _numba
+
+            _numba.grouped_gemm(rows, w, offsets, gather, a_scale, group, out)
+        if bias is not None:
+            _add_bias(out, offsets, bias)
+    return out
+
+
+def _rows(expert_offsets: Any, E: int, gather: Any, a: Array) -> tuple[Array, Array]:
+    """Return (offsets, source rows) as int64, checked so that no row is read out of bounds."""
+    offsets = np.ascontiguousarray(expert_offsets, np.int64)
+    checks.shape(_CALL, "expert_offsets", offsets, (E + 1,))
+    if E and (offsets[0] != 0 or (np.diff(offsets) < 0).any()):
+        raise ArgumentError(complaint(_CALL, "expert_offsets", "start at 0 and never fall", offsets.tolist()))
+    P = int(offsets[-1])
+    if gather is None:
+        if a.shape[0] != P:
+            raise ShapeError(complaint(_CALL, "a", f"have {P} rows like expert_offsets", a.shape))
+        return offsets, np.arange(P)
+    gather = np.ascontiguousarray(gather, np.int64)
+    checks.shape(_CALL, "gather", gather, (P,))
+    if P and (gather.min() < 0 or gather.max() >= a.shape[0]):
+        rule = f"name rows in 0..{a.shape[0] - 1}"
+        raise ArgumentError(complaint(_CALL, "gather", rule, f"{gather.min()}..{gather.max()}"))
+    return offsets, gather
+
+
+def _activations(a: Array, w: WeightOperand, key: QuantKey | None, scale: Any) -> tuple[Array, Array | None]:
+    """Return float32 rows (rows, K) and the scales that are still to be applied to sums."""
+    packed = 2 if key is not None and key.is_packed else 1
+    checks.shape(_CALL, "a", a, (None, w.K // packed))
+    if key is None:
+        if a.dtype.name not in ("float32", "float16", "bfloat16"):
+            raise DTypeError(complaint(_CALL, "a", "be float32, float16 or bfloat16 without a_key", a.dtype))
+        return as_float32(a), None
+    codes = a.view(np.uint8) if a.dtype.itemsize == 1 else a
+    if codes.dtype != np.uint8:
+        raise DTypeError(complaint(_CALL, "a", f"hold one-byte codes of {key.name}", a.dtype))
+    values = code_table(key.dtype)[unpack_nibbles(codes) if key.is_packed else codes]
+    if scale is None:
+        raise ArgumentError(complaint(_CALL, "a_scale", f"be given for {key.name}", None))
+    scale, gscale = scale if isinstance(scale, tuple) else (scale, None)
+    scale = as_numpy(_CALL, "a_scale", scale)
+    if key.scale.group_shape.col <= 1:
+        if scale.size not in (1, a.shape[0]):
+            raise ShapeError(complaint(_CALL, "a_scale", f"hold 1 or {a.shape[0]} scales", scale.shape))
+        return values, scale.reshape(-1).astype(np.float32)
+    extent = key.scale.group_shape.col
+    checks.shape(_CALL, "a_scale", scale, (a.shape[0], -(-w.K // extent)))
+    factors = _float_scale(scale, key)
+    if w.key is not None and w.key.dtype in ("fp8", "int8") and extent == w.block[1] and w.block[0] > 1:
+        return values, factors
+    with np.errstate(all="ignore"):
+        for g in range(factors.shape[1]):
+            values[:, g * extent : (g + 1) * extent] *= factors[:, g : g + 1]
+        if gscale is not None:
+            values /= np.asarray(gscale, np.float32)
+    return values, None
+
+
+def _float_scale(scale: Array, key: QuantKey) -> Array:
+    """Return group scales in float32, whatever they are stored in."""
+    if scale.dtype.itemsize > 1:
+        return np.ascontiguousarray(scale, np.float32)
+    return decode_e4m3(scale) if key.scale.dtype == "fp8" else decode_e8m0(scale)
+
+
+def _add_bias(out: Array, offsets: Array, bias: Array) -> None:
+    with np.errstate(all="ignore"):
+        for e in np.flatnonzero(np.diff(offsets)):
+            out[offsets[e] : offsets[e + 1]] += bias[e]

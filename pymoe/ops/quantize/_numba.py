@@ -1,0 +1,173 @@
+"""The same bits as ``_numpy.py``, a row at a time: integer arithmetic on the bits of the floats, which vectorizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pymoe.device.arrays import BFLOAT16, as_float32
+from pymoe.device.numba_cpu import jit
+from pymoe.device.threads import run_blocks
+from pymoe.ops.quantize._rules import Coder
+
+Array = Any
+
+_KINDS = {"e4m3": 0, "e2m1": 1, "rint": 2, "away": 3, "trunc": 4}
+_GRAIN = 1 << 15
+"""Elements that are worth a thread's attention."""
+
+_SIGN, _MAGNITUDE = np.int32(-(1 << 31)), np.int32(0x7FFFFFFF)
+_INFINITY, _LARGEST, _NAN = np.int32(0x7F800000), np.int32(0x7F7FFFFF), np.int32(0x7FC00000)
+_ROUNDER = np.float32(1.5 * 2**23)
+"""Added and taken away again it rounds magnitudes below 2^22 to integers, ties to even."""
+
+
+def extremes(x: Array, block: tuple[int, int], poison: bool) -> tuple[Array, Array]:
+    """See ``_numpy.extremes``."""
+    R, K = x.shape
+    low, high = np.zeros((2, -(-R // block[0]), -(-K // block[1])), np.float32)
+    bits, shift = _bits(x)
+    grain = max(1, _GRAIN // max(1, block[0] * K))
+    run_blocks(_extremes, len(low), bits, shift, block[0], block[1], poison, low, high, grain=grain)
+    return low, high
+
+
+def encode(x: Array, block: tuple[int, int], factor: Array, offset: Array | float, coder: Coder, out: Array) -> None:
+    """See ``_numpy.encode``."""
+    R, K = x.shape
+    bits, shift = _bits(x)
+    factor = np.ascontiguousarray(factor, np.float32)
+    offset = np.ascontiguousarray(np.broadcast_to(np.asarray(offset, np.float32), factor.shape))
+    run_blocks(
+        _encode, R, bits, shift, block[0], block[1], factor, offset, _KINDS[coder.kind], coder.divides,
+        np.float32(coder.low), np.float32(coder.high), out.view(np.uint8), grain=max(1, _GRAIN // max(1, K)),
+    )  # fmt: skip
+
+
+def _bits(x: Array) -> tuple[Array, int]:
+    """Return the bits of `x`, and by how much they are shifted left to be those of a float32."""
+    if x.dtype == BFLOAT16:
+        return np.ascontiguousarray(x).view(np.uint16), 16
+    return as_float32(x).view(np.uint32), 0
+
+
+@jit
+def _load(bits, shift, row):
+    for k in range(row.size):
+        row[k] = np.uint32(bits[k]) << np.uint32(shift)
+
+
+@jit
+def _extremes(start, stop, bits, shift, block_rows, block_columns, poison, low, high):
+    R, K = bits.shape
+    row = np.empty(K, np.uint32)
+    signed = row.view(np.int32)
+    columns = low.shape[1]
+    least, most, largest = np.empty((3, columns), np.int32)
+    for b in range(start, stop):
+        least[:], most[:], largest[:] = 0, 0, 0
+        for r in range(b * block_rows, min(R, (b + 1) * block_rows)):
+            _load(bits[r], shift, row)
+            for c in range(columns):
+                part = signed[c * block_columns : min(K, (c + 1) * block_columns)]
+                lo, hi, size = _range(part)
+                least[c], most[c], largest[c] = max(least[c], lo), max(most[c], hi), max(largest[c], size)
+        for c in range(columns):
+            if poison and largest[c] > _INFINITY:
+                least[c], most[c] = _NAN, _NAN
+            else:
+                least[c], most[c] = min(least[c], _LARGEST), min(most[c], _LARGEST)
+        low[b] = -least.view(np.float32)
+        high[b] = most.view(np.float32)
+
+
+@jit
+def _range(part):
+    """Return the bits of the largest magnitude below 0, above 0, and of all, the first two without NaN."""
+    lo, hi, size = np.int32(0), np.int32(0), np.int32(0)
+    for k in range(part.size):
+        magnitude = np.int32(part[k] & _MAGNITUDE)
+        value = np.int32(part[k] if magnitude <= _INFINITY else 0)
+        # Among floats of one sign the bits grow with the magnitude; those of the other sign are below 0.
+        hi = max(hi, value)
+        lo = max(lo, np.int32(value ^ _SIGN))
+        size = max(size, magnitude)
+    return lo, hi, size
+
+
+@jit
+def _encode(
+    start, stop, bits, shift, block_rows, block_columns, factor, offset, kind, divides, low, high, out
+):  # fmt: skip
+    K = bits.shape[1]
+    loaded = np.empty(K, np.uint32)
+    row = loaded.view(np.float32)
+    codes = np.empty(K, np.uint8)
+    packed = out.shape[1] != K
+    for r in range(start, stop):
+        _load(bits[r], shift, loaded)
+        b = r // block_rows
+        for c in range(factor.shape[1]):
+            first, last = c * block_columns, min(K, (c + 1) * block_columns)
+            part, f = row[first:last], factor[b, c]
+            if divides:
+                for k in range(part.size):
+                    part[k] = part[k] / f
+            else:
+                for k in range(part.size):
+                    part[k] = part[k] * f
+            if kind == 0:
+                _e4m3(part, codes[first:last])
+            elif kind == 1:
+                _e2m1(part, codes[first:last])
+            else:
+                _integers(part, kind, offset[b, c], low, high, codes[first:last])
+        if packed:
+            for k in range(out.shape[1]):
+                out[r, k] = codes[2 * k] | (codes[2 * k + 1] << 4)
+        else:
+            out[r] = codes
+
+
+@jit
+def _e4m3(values, codes):
+    bits = values.view(np.int32)
+    for k in range(values.size):
+        size = np.int32(bits[k] & _MAGNITUDE)
+        sign = (bits[k] >> 24) & 0x80
+        small = np.float32(abs(values[k]) + np.float32(16384.0)).view(np.int32) - np.int32(0x46800000)
+        capped = np.int32(min(size, np.int32(0x43E00000)))
+        normal = ((capped + 0x7FFFF + ((capped >> np.int32(20)) & 1)) >> 20) - 960
+        code = (small if size < 0x3C800000 else normal) | sign
+        codes[k] = np.uint8(code if size <= _INFINITY else 0x7F)
+
+
+@jit
+def _e2m1(values, codes):
+    bits = values.view(np.int32)
+    for k in range(values.size):
+        size = np.int32(bits[k] & _MAGNITUDE)
+        sign = (bits[k] >> 28) & 8
+        small = np.float32(abs(values[k]) + np.float32(4194304.0)).view(np.int32) - np.int32(0x4A800000)
+        capped = np.int32(min(size, np.int32(0x40C00000)))
+        normal = ((capped + 0x1FFFFF + ((capped >> np.int32(22)) & 1)) >> 22) - 252
+        code = (small if size < 0x3F800000 else normal) | sign
+        codes[k] = np.uint8(code if size <= _INFINITY else 0)
+
+
+@jit
+def _integers(values, kind, offset, low, high, codes):
+    least, most = np.float32(low - offset), np.float32(high - offset)
+    for k in range(values.size):
+        y = values[k]
+        y = np.float32(0) if y != y else y
+        y = least if y < least else (most if y > most else y)
+        if kind == 2:
+            whole = np.int32((y + _ROUNDER) - _ROUNDER)
+        else:
+            whole = np.int32(y)
+            if kind == 3:
+                rest = y - np.float32(whole)
+                whole = np.int32(whole + (rest >= np.float32(0.5)) - (rest <= np.float32(-0.5)))
+        codes[k] = np.uint8(whole + np.int32(offset))

@@ -1,0 +1,105 @@
+"""Which experts run a configuration: the first candidate, in order of preference, that supports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pymoe.config import FusedMoEConfig
+from pymoe.contracts import FusedMoEActivationFormat, FusedMoEExperts, FusedMoEPrepareAndFinalize
+from pymoe.environment import logger
+from pymoe.errors import ArgumentError, UnsupportedError, complaint
+from pymoe.experts import CpuExperts, CpuMonolithicExperts, NaiveBatchedExperts, NumpyReferenceExperts
+from pymoe.prepare_finalize import (
+    BatchedPrepareAndFinalize,
+    SingleProcessMonolithicPrepareAndFinalize,
+    SingleProcessPrepareAndFinalize,
+)
+from pymoe.quantization import FusedMoEQuantConfig
+
+__all__ = ["CANDIDATES", "Choice", "Refusal", "select"]
+
+CANDIDATES: dict[str, tuple[type[FusedMoEExperts], ...]] = {
+    "cpu": (CpuExperts, NumpyReferenceExperts, NaiveBatchedExperts, CpuMonolithicExperts),
+}
+"""Experts by device, best first."""
+
+
+class Refusal(NamedTuple):
+    """A candidate that was not taken, and why."""
+
+    experts: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The pair that runs a configuration, and every candidate that does not."""
+
+    prepare_finalize: FusedMoEPrepareAndFinalize
+    experts: FusedMoEExperts
+    refused: tuple[Refusal, ...]
+
+
+def select(
+    moe_config: FusedMoEConfig,
+    quant_config: FusedMoEQuantConfig,
+    *,
+    activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard,
+    monolithic: bool = False,
+) -> Choice:
+    """Return the preferred pair for a configuration.
+
+    Parameters
+    ----------
+    moe_config, quant_config
+        The layer and its scheme.
+    activation_format : FusedMoEActivationFormat
+        Format between prepare and experts.
+    monolithic : bool
+        Whether the experts route themselves.
+
+    Raises
+    ------
+    UnsupportedError
+        No candidate supports the configuration; the message lists every reason.
+    """
+    candidates = CANDIDATES.get(moe_config.device)
+    if candidates is None:
+        raise ArgumentError(complaint("select", "device", f"be one of {', '.join(CANDIDATES)}", moe_config.device))
+    refused: list[Refusal] = []
+    chosen: type[FusedMoEExperts] | None = None
+    for candidate in candidates:
+        supported, reason = candidate.is_supported_config(
+            moe_config, quant_config.weight_key, quant_config.activation_key, activation_format
+        )
+        if supported and candidate.is_monolithic() != monolithic:
+            kind = "router logits" if candidate.is_monolithic() else "ids and weights"
+            supported, reason = False, f"kernel takes {kind}"
+        if supported and chosen is not None:
+            supported, reason = False, f"supported, but {chosen.__name__} is preferred"
+        if supported:
+            chosen = candidate
+        else:
+            refused.append(Refusal(candidate.__name__, reason or "not supported"))
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
+        raise UnsupportedError(complaint("select", "the configuration", "suit one of the candidates", reasons))
+    logger.debug("select: %s; refused %s", chosen.__name__, refused)
+    return Choice(*_build(chosen, moe_config, quant_config), tuple(refused))
+
+
+def _build(
+    chosen: type[FusedMoEExperts], moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig
+) -> tuple[FusedMoEPrepareAndFinalize, FusedMoEExperts]:
+    """Return prepare/finalize of the chosen experts' kind and format, and the experts built for it."""
+    prepare_finalize: FusedMoEPrepareAndFinalize
+    if chosen.activation_format() is FusedMoEActivationFormat.BatchedExperts:
+        prepare_finalize = BatchedPrepareAndFinalize(moe_config.max_num_tokens, moe_config.num_local_experts)
+        capacity = prepare_finalize.max_num_tokens_per_rank()
+        return prepare_finalize, chosen(moe_config, quant_config, capacity, prepare_finalize.num_dispatchers())
+    if chosen.is_monolithic():
+        prepare_finalize = SingleProcessMonolithicPrepareAndFinalize()
+    else:
+        prepare_finalize = SingleProcessPrepareAndFinalize()
+    return prepare_finalize, chosen(moe_config, quant_config)
