@@ -52,9 +52,9 @@ class Gate:
         """Return the logits, (M, E) float32, of tokens (M, K)."""
         x = as_numpy("Gate", "hidden_states", hidden_states)
         checks.hidden("Gate", "hidden_states", x, self.weight.shape[1])
-        operand = WeightOperand.unquantized(self.weight[None])
         bias = None if self.bias is None else self.bias[None].astype(np.float32)
-        return grouped_gemm(x, operand, np.array([0, x.shape[0]]), bias=bias)
+        weight = self.weight.astype(np.float32) if self.weight.dtype == np.float64 else self.weight
+        return grouped_gemm(x, WeightOperand.unquantized(weight[None], bias), np.array([0, x.shape[0]]))
 
 
 class SharedExperts:

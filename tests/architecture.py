@@ -122,7 +122,7 @@ def size_faults(path: str, source: str) -> list[str]:
                 visit(child, f"{child.name}.")
             elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 faults.extend(function_faults(path, child, prefix))
-                visit(child, prefix)
+                visit(child, f"_{child.name}.")  # what is inside a function is nobody's interface
 
     visit(ast.parse(source), "")
     return faults
@@ -138,7 +138,7 @@ def function_faults(path: str, node: ast.FunctionDef | ast.AsyncFunctionDef, pre
     arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     count = len([a for a in arguments if a not in ("self", "cls")])
     bound = node.name in BOUND or prefix + node.name in BOUND
-    if count > PARAMETERS and not bound and not node.name.startswith("_"):
+    if count > PARAMETERS and not bound and not (prefix + node.name).startswith("_") and "._" not in prefix + node.name:
         faults.append(f"{path}:{node.lineno}: {prefix}{node.name} has {count} parameters, more than {PARAMETERS}")
     allowed = SEED_NAMES if path.startswith(SEED_FILES) else set()
     faults.extend(

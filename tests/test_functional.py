@@ -66,7 +66,11 @@ def ones(*shape, dtype=np.float32):
         ({"global_num_experts": 5}, ArgumentError, "global_num_experts must be -1 or w1's 4 experts"),
         ({"global_num_experts": 0}, ArgumentError, "global_num_experts must be -1 or at least 1; got 0"),
         ({"global_num_experts": 4.0}, DTypeError, "global_num_experts must be an integer; got 4.0"),
-        ({"expert_map": np.array([0, 1, 2, 4])}, ArgumentError, "expert_map must hold -1 or local ids in 0..3; got 4 at 3"),
+        (
+            {"expert_map": np.array([0, 1, 2, 4])},
+            ArgumentError,
+            "expert_map must hold -1 or local ids in 0..3; got 4 at 3",
+        ),
         ({"expert_map": np.array([0, -2])}, ArgumentError, "expert_map must hold -1 or local ids in 0..3; got -2 at 1"),
         ({"expert_map": ones(4)}, DTypeError, "expert_map must have an integer dtype"),
         ({"expert_map": ones(4, 1, dtype=int)}, ShapeError, "expert_map must have shape (any)"),
@@ -170,7 +174,9 @@ def test_inputs_are_never_written(name):
 
 
 def test_no_tokens_and_no_local_experts():
-    assert run(**arguments(hidden_states=ones(0, K), topk_weights=ones(0, 2), topk_ids=ones(0, 2, dtype=int))).shape == (0, K)
+    assert run(
+        **arguments(hidden_states=ones(0, K), topk_weights=ones(0, 2), topk_ids=ones(0, 2, dtype=int))
+    ).shape == (0, K)
     nobody = arguments(w1=ones(0, N, K), w2=ones(0, K, N // 2), expert_map=np.full(E, -1))
     assert not run(**nobody).any()
 

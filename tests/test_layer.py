@@ -74,9 +74,7 @@ def test_placement_maps_the_experts_that_are_not_here_to_zero():
     rng = np.random.default_rng(3)
     ids, scale = rng.integers(0, E, (M, TOPK)), rng.random((M, TOPK)).astype(np.float32)
     kept = np.where(np.isin(ids, here), ids, -1)
-    np.testing.assert_array_equal(
-        part(x, topk_weights=scale, topk_ids=ids), full(x, topk_weights=scale, topk_ids=kept)
-    )
+    np.testing.assert_array_equal(part(x, topk_weights=scale, topk_ids=ids), full(x, topk_weights=scale, topk_ids=kept))
     np.testing.assert_array_equal(part.last_load, full.last_load)
 
 
@@ -268,7 +266,11 @@ def test_a_communicator_of_one_rank_is_fine():
         ({"router_logits": np.zeros((M, E + 1))}, ShapeError, "router_logits must have shape (9, 6)"),
         ({"router_logits": np.zeros((M, E), int)}, DTypeError, "router_logits must have a floating dtype"),
         (
-            {"router_logits": np.zeros((M, E)), "topk_ids": np.zeros((M, TOPK), int), "topk_weights": np.ones((M, TOPK))},
+            {
+                "router_logits": np.zeros((M, E)),
+                "topk_ids": np.zeros((M, TOPK), int),
+                "topk_weights": np.ones((M, TOPK)),
+            },
             ArgumentError,
             "router_logits must be None beside topk arrays",
         ),

@@ -193,14 +193,14 @@ def test_naive_batched_sums_in_slot_order_like_the_standard_format():
     row_map = permute(ids, 6)
     expert = np.repeat(np.arange(6), np.diff(row_map.expert_offsets))
     standard = unpermute(outputs[row_map.row_to_token, expert], row_map, topk_weights=weights)
-    batched = TopKWeightAndReduceNaiveBatched(0).apply(
-        None, slabs_of(ids, outputs, 0, 6, 40), weights, ids, False
-    )
+    batched = TopKWeightAndReduceNaiveBatched(0).apply(None, slabs_of(ids, outputs, 0, 6, 40), weights, ids, False)
     assert np.array_equal(standard, batched)
 
 
 def test_naive_batched_refuses_slabs_too_small_for_the_ids():
-    with pytest.raises(ShapeError, match="must have a row for every token; got capacity 1 for the 2 tokens of expert 0"):
+    with pytest.raises(
+        ShapeError, match="must have a row for every token; got capacity 1 for the 2 tokens of expert 0"
+    ):
         TopKWeightAndReduceNaiveBatched(0).apply(None, np.zeros((2, 1, 3), np.float32), WEIGHTS, IDS, False)
     with pytest.raises(ShapeError, match="fused_expert_output must have shape"):
         TopKWeightAndReduceNaiveBatched(0).apply(None, np.zeros((2, 3), np.float32), WEIGHTS, IDS, False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class WeightOperand:
         (bn, bk) of `group_scale`.
     zp : ndarray or None
         Zero points, uint8: (E, N, groups), or (E, N/2, groups) with two a byte, low nibble = even n.
+    bias : ndarray, (E, N) float32, or None
+        Added to the sum after all scales.
     """
 
     codes: Array
@@ -46,11 +48,12 @@ class WeightOperand:
     group_scale: Array | None = None
     block: tuple[int, int] = (1, 1)
     zp: Array | None = None
+    bias: Array | None = None
 
     @classmethod
-    def unquantized(cls, w: Array) -> WeightOperand:
+    def unquantized(cls, w: Array, bias: Array | None = None) -> WeightOperand:
         """Return the operand of floating weights (E, N, K)."""
-        return cls(w, w.shape[2])
+        return cls(w, w.shape[2], bias=bias)
 
     @classmethod
     def from_quant_config(
@@ -70,14 +73,15 @@ class WeightOperand:
             Which rows the two scales of an (E, 2) tensor scheme belong to: even and odd ones instead of halves.
         """
         key = quant_config.weight_key
+        bias = None if desc.bias is None else np.asarray(desc.bias, np.float32)
         if key is None:
-            return cls.unquantized(w)
+            return cls.unquantized(w, bias)
         codes = w.view(np.uint8) if w.dtype.itemsize == 1 and w.dtype != np.int8 else w
         E, N = w.shape[:2]
         scale = np.asarray(desc.scale)
         assert desc.shape is not None
         if desc.shape.row == -1:
-            return cls(codes, K, key, row_scale=_row_scale(scale, E, N, interleaved))
+            return cls(codes, K, key, row_scale=_row_scale(scale, E, N, interleaved), bias=bias)
         columns = K if desc.shape.col == -1 else desc.shape.col
         scale = scale.reshape(E, -1, -(-K // columns))
         scale = scale.view(np.uint8) if scale.dtype.itemsize == 1 else np.ascontiguousarray(scale, np.float32)
@@ -85,7 +89,7 @@ class WeightOperand:
         if desc.scale_2 is not None:
             scale_2 = np.asarray(desc.scale_2, np.float32)
             row_scale = np.ascontiguousarray(np.broadcast_to(scale_2[:, None], (E, N)))
-        return cls(codes, K, key, row_scale, scale, (desc.shape.row, columns), desc.zp)
+        return cls(codes, K, key, row_scale, scale, (desc.shape.row, columns), desc.zp, bias)
 
     def group_scale_of(self, e: int) -> Array | None:
         """Return the group scales of expert `e` in float32, (ceil(N/bn), ceil(K/bk)); None without groups."""
@@ -144,7 +148,7 @@ def _row_scale(scale: Array, E: int, N: int, interleaved: bool) -> Array:
     return np.ascontiguousarray(scale.reshape(E, N))
 
 
-@lru_cache(maxsize=None)
+@cache
 def code_table(dtype: str) -> Array:
     """Return the float32 number of each code of a `QuantKey.dtype` or of e8m0: 256 entries, 16 for 4-bit codes."""
     codes = np.arange(256, dtype=np.uint8)

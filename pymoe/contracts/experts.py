@@ -156,14 +156,14 @@ class FusedMoEExpertsModular(FusedMoEExperts):
     def moe_problem_size(self, a1: Array, w1: Array, w2: Array, topk_ids: Array) -> tuple[int, int, int, int, int]:
         """Return (E_local, M, N, K, topk).
 
-        K comes from the activations, because weights of two codes a byte have K/2 columns.  M is the number of
-        tokens, or the rows of one expert's slab in the batched format.
+        K is the number of rows of w2, the one extent that neither packed weights nor packed activations halve.  M is the
+        number of tokens, or the rows of one expert's slab in the batched format.
         """
         call = f"{type(self).__name__}.moe_problem_size"
         if w1.ndim != 3 or w2.ndim != 3:
             raise ShapeError(complaint(call, "w1 and w2", "have 3 axes", (w1.shape, w2.shape)))
         E_local, N = w1.shape[:2]
-        K = a1.shape[-1]
+        K = w2.shape[1]
         if a1.ndim == 2:
             if topk_ids.shape[0] != a1.shape[0]:
                 raise ShapeError(complaint(call, "topk_ids", f"have {a1.shape[0]} rows like a1", topk_ids.shape))

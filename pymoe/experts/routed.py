@@ -104,7 +104,7 @@ class ExpertWeights:
         width = self.activation.width(N)
         hidden = np.empty((P, width), np.float32) if h is None else h[: P * width].reshape(P, width)
         gate_up = grouped_gemm(
-            a, self.w1, expert_offsets, gather=gather, a_scale=_with_global(a_scale, config.a1), a_key=key, bias=config.w1.bias,
+            a, self.w1, expert_offsets, gather=gather, a_scale=_with_global(a_scale, config.a1), a_key=key,
             out=gate_up, backend=self.backend,
         )  # fmt: skip
         hidden = activate(gate_up, self.activation, out=hidden, backend=self.backend)
@@ -115,7 +115,7 @@ class ExpertWeights:
             with np.errstate(all="ignore"):
                 hidden = hidden.astype(self.hidden_dtype)
         return grouped_gemm(
-            hidden, self.w2, expert_offsets, a_scale=_with_global(scale, config.a2), a_key=key, bias=config.w2.bias, out=rows,
+            hidden, self.w2, expert_offsets, a_scale=_with_global(scale, config.a2), a_key=key, out=rows,
             backend=self.backend,
         )  # fmt: skip
 

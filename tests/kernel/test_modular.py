@@ -85,7 +85,9 @@ def test_shared_experts_that_raise_still_let_the_asynchronous_finalize_end(mode)
     assert log[-1] == "finalize(3)"
 
 
-@pytest.mark.parametrize("M, chunk, parts", [(5, 2, [2, 2, 1]), (4, 2, [2, 2]), (2, 3, [2]), (3, 3, [3]), (7, 1, [1] * 7)])
+@pytest.mark.parametrize(
+    "M, chunk, parts", [(5, 2, [2, 2, 1]), (4, 2, [2, 2]), (2, 3, [2]), (3, 3, [3]), (7, 1, [1] * 7)]
+)
 def test_chunks(M, chunk, parts):
     log = []
     experts = RecordingExperts(log)

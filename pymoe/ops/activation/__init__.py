@@ -68,7 +68,7 @@ def activation(
     >>> activation(np.array([[32.0, 0.0, 2.0, 1.0]], "f4"), "silu").tolist()
     [[64.0, 0.0]]
     """
-    call = "activation"
+    call, implementation = "activation", _implementation(backend)
     if not isinstance(config, ActivationConfig):
         config = ActivationConfig(config)
     x = as_numpy(call, "x", x)
@@ -87,5 +87,16 @@ def activation(
         out = as_numpy(call, "out", out)
         checks.float_dtype(call, "out", out)
         checks.output(call, out, *shape, out.dtype, {"x": x})
-    _numpy.activation(x, config, out)
+    implementation.activation(x, config, out)
     return out
+
+
+def _implementation(backend: str | None) -> Any:
+    """Return the module that computes; Numba is loaded on first use only."""
+    if backend == "numpy":
+        return _numpy
+    if backend not in (None, "numba"):
+        raise ArgumentError(complaint("activation", "backend", "be numpy, numba or None", repr(backend)))
+    from pymoe.ops.activation import _numba
+
+    return _numba

@@ -1,6 +1,6 @@
 """The definition of every activation: float32 operations in the order written here.
 
-The transcendental functions exp, tanh and erfc take a float32 and give the correctly rounded float32, by way of float64.
+exp, tanh and erfc take a float32 and give the float32 nearest to the true value, by way of float64.
 """
 
 from __future__ import annotations

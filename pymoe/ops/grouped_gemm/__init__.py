@@ -31,7 +31,6 @@ def grouped_gemm(
     gather: Array | None = None,
     a_scale: Array | None = None,
     a_key: QuantKey | None = None,
-    bias: Array | None = None,
     out: Array | None = None,
     backend: str | None = None,
 ) -> Array:
@@ -44,7 +43,7 @@ def grouped_gemm(
     a : ndarray, (rows, K)
         float32, float16 or bfloat16, or codes under `a_key` with `a_scale`.
     w : WeightOperand
-        (E, N, K); row = output feature.
+        (E, N, K) with its scales and bias; row = output feature.
     expert_offsets : ndarray, (E + 1,), integer
         Rows of expert e are ``expert_offsets[e]:expert_offsets[e + 1]``; the last entry is P.
     gather : ndarray, (P,), integer, optional
@@ -53,8 +52,6 @@ def grouped_gemm(
         (1,) for all rows, (rows, 1) a row, or (rows, groups) along k; a pair of that and nvfp4's global scale.
     a_key : QuantKey, optional
         How `a` is quantized; None where it is floats.
-    bias : ndarray, (E, N) float32, optional
-        Added after all scales.
     out : ndarray, (P, N) float32, C-contiguous, optional
         Written and returned.
     backend : {"numpy", "numba"}, optional
@@ -90,8 +87,8 @@ def grouped_gemm(
     elif out.shape != (P, N) or out.dtype != np.float32 or not out.flags.c_contiguous:
         got = f"{out.dtype} {out.shape}"
         raise ShapeError(complaint(_CALL, "out", f"be C-contiguous float32 of shape {(P, N)}", got))
-    if bias is not None:
-        checks.shape(_CALL, "bias", bias, (E, N))
+    if w.bias is not None:
+        checks.shape(_CALL, "w.bias", w.bias, (E, N))
     rows, a_scale = _activations(a, w, a_key, a_scale)
     blocked = a_key is not None and w.key is not None and w.row_scale is None and w.key.dtype in ("fp8", "int8")
     blocked = blocked and a_scale is not None
@@ -103,8 +100,8 @@ def grouped_gemm(
             from pymoe.ops.grouped_gemm import _numba
 
             _numba.grouped_gemm(rows, w, offsets, gather, a_scale, group, out)
-        if bias is not None:
-            _add_bias(out, offsets, bias)
+        if w.bias is not None:
+            _add_bias(out, offsets, w.bias)
     return out
 
 

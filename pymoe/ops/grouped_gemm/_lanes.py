@@ -25,7 +25,9 @@ def tile_of_dots(rows: int, columns: int) -> Any:
     """
 
     @intrinsic
-    def dots(typingctx: Any, a: Any, starts: Any, k: Any, w: Any, w_start: Any, stride: Any, steps: Any, out: Any) -> Any:
+    def dots(
+        typingctx: Any, a: Any, starts: Any, k: Any, w: Any, w_start: Any, stride: Any, steps: Any, out: Any
+    ) -> Any:
         signature = types.void(a, starts, types.int64, w, types.int64, types.int64, types.int64, out)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -100,5 +102,3 @@ def _add_lanes(builder: Any, vector: Any) -> Any:
         ]
         vector = builder.fadd(*halves)
     return builder.extract_element(vector, ir.IntType(32)(0))
-
-

@@ -13,7 +13,7 @@ from pymoe.device.threads import run_blocks
 Array = Any
 
 _NO_MAP = np.empty(0, np.int32)
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 21
 """Least bytes a thread copies at a time; below that starting it costs more than it saves."""
 
 

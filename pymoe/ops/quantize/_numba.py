@@ -132,7 +132,7 @@ def _encode(
 
 @jit
 def _e4m3(values, codes):
-    bits = values.view(np.int32)
+    bits: Any = values.view(np.int32)
     for k in range(values.size):
         size = np.int32(bits[k] & _MAGNITUDE)
         sign = (bits[k] >> 24) & 0x80
@@ -145,7 +145,7 @@ def _e4m3(values, codes):
 
 @jit
 def _e2m1(values, codes):
-    bits = values.view(np.int32)
+    bits: Any = values.view(np.int32)
     for k in range(values.size):
         size = np.int32(bits[k] & _MAGNITUDE)
         sign = (bits[k] >> 28) & 8

@@ -19,6 +19,9 @@ EXP_TERMS, LOG1P_TERMS = _scores.EXP_TERMS, _scores.LOG1P_TERMS
 SOFTPLUS_LINEAR, LANES = _scores.SOFTPLUS_LINEAR, _scores.LANES
 LARGEST, MINUS_INFINITY = np.float32(_scores.FLOAT32_MAX), np.float32(-np.inf)
 EXPONENT_BIAS, FRACTION_BITS = 1023, 52
+BELOW_SIGN, POSITIVE_ZERO = np.int32(2**31 - 1), np.float32(0.0)
+LOWEST, ID_BITS, LAST_ID = np.int64(-(2**63)), 32, 2**31 - 1
+BLOCK = 8
 SOFTMAX, SIGMOID, SQRTSOFTPLUS, CHOSEN, LOGIT = range(5)
 _CODES = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "sqrtsoftplus": SQRTSOFTPLUS, "chosen": CHOSEN, "logit": LOGIT}
 _GRAIN = 1 << 14
@@ -65,7 +68,7 @@ def _sigmoid(x):
     return np.float32((1.0 if t >= 0 else z) / (1.0 + z))
 
 
-@jit(inline="always")  # too long for LLVM to inline by itself, and a call would keep its loop scalar
+@jit(inline="always")  # too long for LLVM to inline by itself; a call would keep the loop below scalar
 def _sqrtsoftplus(x):
     t = np.float64(x)
     z = _exp(-abs(t))
@@ -112,13 +115,18 @@ def _softmax_terms(x, top, powers, lanes):
 
 
 @jit
+def _sqrtsoftplus_all(x, scores):
+    for e in range(x.size):
+        scores[e] = _sqrtsoftplus(x[e])
+
+
+@jit
 def _score_all(x, scoring, scores, powers, lanes):
     if scoring == SIGMOID:
         for e in range(x.size):
             scores[e] = _sigmoid(x[e])
     elif scoring == SQRTSOFTPLUS:
-        for e in range(x.size):
-            scores[e] = _sqrtsoftplus(x[e])
+        _sqrtsoftplus_all(x, scores)
     else:
         top = MINUS_INFINITY
         for e in range(x.size):
@@ -136,64 +144,63 @@ def _route_nowhere(weights, ids):
 
 
 @jit
-def _insert(values, ids, place, v, e):
-    """Put (v, e) before every smaller value among the first `place`, moving those up; equal values stay before it."""
-    while place > 0 and values[place - 1] < v:
-        values[place] = values[place - 1]
-        ids[place] = ids[place - 1]
-        place -= 1
-    values[place] = v
-    ids[place] = e
+def _key(v, e):
+    """Return an integer in the order of (v, then the lower id): all keys of a row differ."""
+    bits = np.float32(v + POSITIVE_ZERO).view(np.int32)  # the sum turns -0 into 0, which it ties with
+    ordered = np.int64(np.int32(bits ^ np.int32((bits >> np.int32(31)) & BELOW_SIGN)))
+    return (ordered << ID_BITS) | (LAST_ID - e)
 
 
 @jit
-def _take_best(choice, start, stop, values, ids, count):
-    """Keep the largest in descending order, ties in order of id; return how many are kept so far."""
-    topk = values.size
-    e = start
-    while e < stop and count < topk:
-        _insert(values, ids, count, choice[e], e)
-        count += 1
-        e += 1
-    while e < stop:
-        end = min(e + LANES, stop)
-        least = values[topk - 1]
-        hit = 0
-        for i in range(e, end):
-            hit |= choice[i] > least
-        if hit != 0:
-            for i in range(e, end):
-                if choice[i] > values[topk - 1]:
-                    _insert(values, ids, topk - 1, choice[i], i)
-        e = end
-    return count
+def _value(key):
+    """Return the float32 of a key."""
+    ordered = np.int32(key >> ID_BITS)
+    return np.int32(ordered ^ np.int32((ordered >> np.int32(31)) & BELOW_SIGN)).view(np.float32)
 
 
 @jit
-def _keep_groups(choice, groups, group_best, values, kept, is_kept):
-    """Mark the best groups in `is_kept`."""
-    width = choice.size // groups
-    count = 0
+def _peak(keys, start, stop):
+    top = LOWEST
+    for i in range(start, stop):
+        top = max(top, keys[i])
+    return top
+
+
+@jit
+def _choose(keys, peaks, ids):
+    """Write the ids of the largest keys in descending order; `keys`, padded to whole blocks, loses them."""
+    for b in range(peaks.size):
+        peaks[b] = _peak(keys, b * BLOCK, b * BLOCK + BLOCK)
+    for j in range(ids.size):
+        e = LAST_ID - (_peak(peaks, 0, peaks.size) & LAST_ID)
+        ids[j] = e
+        keys[e] = LOWEST
+        start = e // BLOCK * BLOCK
+        peaks[e // BLOCK] = _peak(keys, start, start + BLOCK)
+
+
+@jit
+def _close_groups(keys, E, group_best, group_keys, group_peaks, kept, is_kept):
+    """Set the keys outside the best groups to `LOWEST`."""
+    groups = is_kept.size
+    width = E // groups
     for g in range(groups):
-        is_kept[g] = kept.size == groups
-    if kept.size == groups:
-        return
-    for g in range(groups):
-        first = second = MINUS_INFINITY
-        for e in range(g * width, (g + 1) * width):
-            v = choice[e]
-            if v > first:
-                first, second = v, first
-            elif v > second:
-                second = v
-        score = first if group_best == 1 else np.float32(first + second)
-        if count < kept.size:
-            _insert(values, kept, count, score, g)
-            count += 1
-        elif score > values[kept.size - 1]:
-            _insert(values, kept, kept.size - 1, score, g)
+        is_kept[g] = False
+        top = _peak(keys, g * width, (g + 1) * width)
+        score = _value(top)
+        if group_best == 2:
+            second = LOWEST
+            for e in range(g * width, (g + 1) * width):
+                second = max(second, keys[e] if keys[e] < top else LOWEST)
+            score = np.float32(score + _value(second))
+        group_keys[g] = _key(score, g)
+    _choose(group_keys, group_peaks, kept)
     for i in range(kept.size):
         is_kept[kept[i]] = True
+    for g in range(groups):
+        if not is_kept[g]:
+            for e in range(g * width, (g + 1) * width):
+                keys[e] = LOWEST
 
 
 @jit
@@ -228,15 +235,26 @@ def _raw_weights(x, ids, scoring, powers, lanes, w):
 
 
 @jit
+def _blocks_of(count):
+    """Return (keys, peaks) for `count` numbers, the keys padded to whole blocks."""
+    blocks = (count + BLOCK - 1) // BLOCK
+    keys = np.empty(blocks * BLOCK, np.int64)
+    keys[count:] = LOWEST
+    return keys, np.empty(blocks, np.int64)
+
+
+@jit
 def _route_by_logit(start, stop, logits, scoring, renormalize, epsilon, scale, weights, ids):
     E, topk = logits.shape[1], weights.shape[1]
-    x, powers, lanes = np.empty(E, np.float32), np.empty(E, np.float64), np.empty(LANES, np.float64)
-    values, w = np.empty(topk, np.float32), np.empty(topk, np.float64)
+    x, powers, lanes, w = np.empty(E, np.float32), np.empty(E), np.empty(LANES), np.empty(topk)
+    keys, peaks = _blocks_of(E)
     for m in range(start, stop):
         if not _clean(logits[m], x):
             _route_nowhere(weights[m], ids[m])
             continue
-        _take_best(x, 0, E, values, ids[m], 0)
+        for e in range(E):
+            keys[e] = _key(x[e], e)
+        _choose(keys, peaks, ids[m])
         _raw_weights(x, ids[m], scoring, powers, lanes, w)
         _weigh(w, renormalize or scoring == CHOSEN, epsilon, scale, weights[m])
 
@@ -246,23 +264,21 @@ def _route_by_score(
     start, stop, logits, bias, scoring, renormalize, groups, topk_group, group_best, epsilon, scale, weights, ids
 ):
     E, topk = logits.shape[1], weights.shape[1]
-    width = E // groups
-    x, scores, choice = np.empty(E, np.float32), np.empty(E, np.float32), np.empty(E, np.float32)
-    powers, lanes = np.empty(E, np.float64), np.empty(LANES, np.float64)
-    values, w = np.empty(topk, np.float32), np.empty(topk, np.float64)
-    group_values, kept, is_kept = np.empty(topk_group, np.float32), np.empty(topk_group, np.int32), np.empty(groups, np.bool_)
+    x, scores = np.empty(E, np.float32), np.empty(E, np.float32)
+    powers, lanes, w = np.empty(E), np.empty(LANES), np.empty(topk)
+    keys, peaks = _blocks_of(E)
+    group_keys, group_peaks = _blocks_of(groups)
+    kept, is_kept = np.empty(topk_group, np.int32), np.empty(groups, np.bool_)
     for m in range(start, stop):
         if not _clean(logits[m], x):
             _route_nowhere(weights[m], ids[m])
             continue
         _score_all(x, scoring, scores, powers, lanes)
         for e in range(E):
-            choice[e] = scores[e] + bias[e]
-        _keep_groups(choice, groups, group_best, group_values, kept, is_kept)
-        count = 0
-        for g in range(groups):
-            if is_kept[g]:
-                count = _take_best(choice, g * width, (g + 1) * width, values, ids[m], count)
+            keys[e] = _key(scores[e] + bias[e], e)
+        if topk_group < groups:
+            _close_groups(keys, E, group_best, group_keys, group_peaks, kept, is_kept)
+        _choose(keys, peaks, ids[m])
         for j in range(topk):
             w[j] = scores[ids[m, j]]
         _weigh(w, renormalize, epsilon, scale, weights[m])

@@ -13,7 +13,7 @@ from pymoe.device.threads import run_blocks
 Array = Any
 
 _NO_WEIGHTS = np.empty((0, 0), np.float32)
-_BLOCK_TERMS = 1 << 15
+_BLOCK_TERMS = 1 << 18
 """Least products a thread sums at a time; below that starting it costs more than it saves."""
 
 

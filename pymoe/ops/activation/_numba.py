@@ -1,0 +1,260 @@
+"""Activation on the CPU: the float32 steps of the definition in loops that the compiler turns into vectors.
+
+exp, tanh and erfc are float64 polynomials without libm, branches or fused multiply-add, so that the bits of an element
+do not depend on where in a vector it stands.  Their relative error is below 2**-38, hence they round to the
+definition's float32 in all but about one case in 10**4, and then to its neighbour.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
+from pymoe.device.arrays import as_float32
+from pymoe.device.numba_cpu import jit
+from pymoe.device.threads import run_blocks
+from pymoe.errors import KernelCompileError, complaint
+from pymoe.ops.activation import _numpy
+
+Array = Any
+
+_BLOCK_ELEMENTS = 1 << 15
+"""Least elements a thread computes at a time; below that starting it costs more than it saves."""
+
+_SWIGLU, _GELU, _GELU_TANH, _SWIGLUSTEP, _SITU, _RELU2 = range(6)
+_CODES = {
+    MoEActivation.GELU: _GELU,
+    MoEActivation.GELU_TANH: _GELU_TANH,
+    MoEActivation.SWIGLUSTEP: _SWIGLUSTEP,
+    MoEActivation.SITU: _SITU,
+    MoEActivation.SILU_NO_MUL: _SWIGLU,
+    MoEActivation.GELU_NO_MUL: _GELU,
+    MoEActivation.GELU_TANH_NO_MUL: _GELU_TANH,
+    MoEActivation.RELU2_NO_MUL: _RELU2,
+}
+
+_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
+_SQRT_HALF, _TANH_SCALE, _TANH_CUBIC = _numpy._SQRT_HALF, _numpy._TANH_SCALE, _numpy._TANH_CUBIC
+
+_LOG2_E, _LN2 = 1.4426950408889634, 0.6931471805599453
+_ROUND = 6755399441055744.0  # 1.5 * 2**52: its sum with n holds the integer nearest to n in the low bits
+_EXP_TERMS = tuple(1.0 / math.factorial(k) for k in range(10, -1, -1))
+_EXP_MIN, _EXP_MAX = -110.0, 90.0  # beyond them a float32 exponential is 0 or infinite
+_TANH_LINEAR = 2.0**-6  # below it tanh is its series: 1 - exp(-2z) would cancel
+_TANH_MAX = 20.0  # from here on tanh is 1 in float32
+_ERFC_MAX = 14.5  # from here on erfc is 0 in float32
+
+
+def _erfc_terms(degree: int) -> tuple[float, ...]:
+    """Return, highest first, the polynomial in ``y = 4 t - 2`` for ``log(erfc(z) exp(z**2) / t)``, t = 2 / (2 + z)."""
+
+    def tail(y: np.ndarray) -> np.ndarray:
+        z = 8.0 / (y + 2.0) - 2.0
+        return np.array([math.log(math.erfc(v) * math.exp(v * v) * (2.0 + v) / 2.0) for v in z])
+
+    lowest = 8.0 / (2.0 + _ERFC_MAX) - 2.0
+    fit = np.polynomial.Chebyshev.interpolate(tail, degree, domain=[lowest, 2.0])
+    return tuple(float(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef[::-1])
+
+
+_ERFC_TERMS = _erfc_terms(11)
+
+
+def activation(x: Array, config: ActivationConfig, out: Array) -> None:
+    x = as_float32(x)
+    y = out if out.dtype == np.float32 and out.flags.c_contiguous else np.empty(out.shape, np.float32)
+    grain = max(1, _BLOCK_ELEMENTS // max(1, y.shape[1]))
+    if isinstance(config.activation, RegisteredActivation):
+        run_blocks(_compiled(config.activation.fn, config.is_gated), len(x), x, y, grain=grain)
+    elif not config.is_gated:
+        run_blocks(_plain_rows, len(x), x, y, _CODES[config.activation], grain=grain)
+    else:
+        _gated(x, config, y, grain)
+    if y is not out:
+        with np.errstate(all="ignore"):
+            out[...] = y
+
+
+def _gated(x: Array, config: ActivationConfig, y: Array, grain: int) -> None:
+    parameters = config.resolved()
+    limit = np.float32(np.inf if parameters["clamp_limit"] is None else parameters["clamp_limit"])
+    if config.activation in _CODES:
+        b, linear = (np.float32(parameters[name] or 0.0) for name in ("situ_beta", "situ_linear_beta"))
+        run_blocks(_gated_rows, len(x), x, y, _CODES[config.activation], limit, b, linear, grain=grain)
+        return
+    minus_alpha, beta = np.float32(-parameters["alpha"]), np.float32(parameters["beta"])
+    kernel = _swiglu_pairs if config.is_interleaved else _swiglu_rows
+    run_blocks(kernel, len(x), x, y, limit, minus_alpha, beta, grain=grain)
+
+
+@jit(inline="always")
+def _exp64(z):
+    z = _EXP_MAX if z > _EXP_MAX else z
+    z = _EXP_MIN if z < _EXP_MIN else z
+    shifted = z * _LOG2_E + _ROUND
+    r = z - (shifted - _ROUND) * _LN2
+    p = _EXP_TERMS[0]
+    for k in range(1, len(_EXP_TERMS)):
+        p = p * r + _EXP_TERMS[k]
+    # The integer in the low bits of `shifted`, moved up, adds to the exponent; NaN has none of those bits set.
+    return np.int64(np.float64(p).view(np.int64) + (np.float64(shifted).view(np.int64) << 52)).view(np.float64)
+
+
+@jit
+def _exp(z):
+    return np.float32(_exp64(np.float64(z)))
+
+
+@jit(inline="always")
+def _tanh(z32):
+    z = np.float64(z32)
+    a = abs(z)
+    e = _exp64(-2.0 * (_TANH_MAX if a > _TANH_MAX else a))
+    far = (1.0 - e) / (1.0 + e)
+    square = z * z
+    near = z - z * square * (1.0 / 3.0 - square * (2.0 / 15.0))
+    return np.float32(near if a < _TANH_LINEAR else (-far if z < 0.0 else far))
+
+
+@jit(inline="always")
+def _erfc(z32):
+    z = np.float64(z32)
+    a = abs(z)
+    a = _ERFC_MAX if a > _ERFC_MAX else a
+    t = 2.0 / (2.0 + a)
+    y = 4.0 * t - 2.0
+    p = _ERFC_TERMS[0]
+    for k in range(1, len(_ERFC_TERMS)):
+        p = p * y + _ERFC_TERMS[k]
+    tail = t * _exp64(p - a * a)
+    return np.float32(2.0 - tail if z < 0.0 else tail)
+
+
+@jit
+def _silu(g, minus_alpha):
+    return g / (_ONE + _exp(minus_alpha * g))
+
+
+@jit(inline="always")
+def _gelu(g):
+    return _HALF * g * _erfc(-_SQRT_HALF * g)
+
+
+@jit
+def _gelu_tanh(g):
+    return g / (_ONE + _exp(_TANH_SCALE * (g + _TANH_CUBIC * (g * g * g))))
+
+
+@jit
+def _clamp(v, limit):
+    """Return `v` within -limit..limit; written so that NaN passes."""
+    v = -limit if v < -limit else v
+    return limit if v > limit else v
+
+
+@jit
+def _swiglu(g, u, limit, minus_alpha, beta):
+    g = limit if g > limit else g
+    return _silu(g, minus_alpha) * (_clamp(u, limit) + beta)
+
+
+@jit(inline="always")
+def _situ(g, u, b, linear):
+    if linear > _ZERO:
+        u = linear * _tanh(u / linear)
+    return b * _tanh(g / b) / (_ONE + _exp(-g)) * u
+
+
+@jit
+def _swiglu_rows(start, stop, x, y, limit, minus_alpha, beta):
+    I = y.shape[1]  # noqa: E741  the project's symbol
+    for r in range(start, stop):
+        gate, up, line = x[r, :I], x[r, I:], y[r]
+        for i in range(I):
+            line[i] = _swiglu(gate[i], up[i], limit, minus_alpha, beta)
+
+
+@jit
+def _swiglu_pairs(start, stop, x, y, limit, minus_alpha, beta):
+    for r in range(start, stop):
+        row, line = x[r], y[r]
+        for i in range(len(line)):
+            line[i] = _swiglu(row[2 * i], row[2 * i + 1], limit, minus_alpha, beta)
+
+
+@jit
+def _gated_rows(start, stop, x, y, code, limit, b, linear):
+    I = y.shape[1]  # noqa: E741
+    for r in range(start, stop):
+        gate, up, line = x[r, :I], x[r, I:], y[r]
+        if code == _GELU:
+            for i in range(I):
+                line[i] = _gelu(gate[i]) * up[i]
+        elif code == _GELU_TANH:
+            for i in range(I):
+                line[i] = _gelu_tanh(gate[i]) * up[i]
+        elif code == _SWIGLUSTEP:
+            for i in range(I):
+                step = _silu(gate[i], -_ONE)
+                line[i] = (limit if step > limit else step) * _clamp(up[i], limit)
+        else:
+            for i in range(I):
+                line[i] = _situ(gate[i], up[i], b, linear)
+
+
+@jit
+def _plain_rows(start, stop, x, y, code):
+    for r in range(start, stop):
+        row, line = x[r], y[r]
+        if code == _SWIGLU:
+            for i in range(len(line)):
+                line[i] = _silu(row[i], -_ONE)
+        elif code == _GELU:
+            for i in range(len(line)):
+                line[i] = _gelu(row[i])
+        elif code == _GELU_TANH:
+            for i in range(len(line)):
+                line[i] = _gelu_tanh(row[i])
+        else:
+            for i in range(len(line)):
+                positive = _ZERO if row[i] < _ZERO else row[i]
+                line[i] = positive * positive
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(fn: Callable[..., float], gated: bool) -> Any:
+    """Return the kernel of a user's function.
+
+    Never cached on disk: Numba's cache does not see what else the function refers to.
+    """
+    import numba
+
+    njit = numba.njit(nogil=True, error_model="numpy")
+    try:
+        formula = fn if isinstance(fn, numba.core.dispatcher.Dispatcher) else njit(fn)
+
+        @njit
+        def gated_rows(start, stop, x, y):
+            I = y.shape[1]  # noqa: E741
+            for r in range(start, stop):
+                for i in range(I):
+                    y[r, i] = formula(x[r, i], x[r, I + i])
+
+        @njit
+        def plain_rows(start, stop, x, y):
+            for r in range(start, stop):
+                for i in range(y.shape[1]):
+                    y[r, i] = formula(x[r, i])
+
+        kernel = gated_rows if gated else plain_rows
+        kernel.compile("void(intp, intp, float32[:, ::1], float32[:, ::1])")
+    except (numba.core.errors.NumbaError, TypeError) as error:
+        rule = "be compilable by Numba for float32 scalars"
+        remedy = "The NumPy backend takes any Python function"
+        raise KernelCompileError(complaint("activation", "config.activation", rule, repr(fn), remedy)) from error
+    return kernel
