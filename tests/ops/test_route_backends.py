@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -70,6 +71,26 @@ def test_numba_has_the_bits_of_numpy_over_many_blocks():
     logits = np.random.default_rng(4).normal(0, 3, (5000, 64)).astype(np.float32)
     for config in (RoutingConfig(6), RoutingConfig(6, False, "sigmoid", 8, 4, BIAS[:64])):
         assert_same_bits(logits, config)
+
+
+@pytest.mark.parametrize("num_threads", ["1", "2", "3", "7"])
+def test_bits_do_not_depend_on_the_threads(num_threads, monkeypatch):
+    logits = np.random.default_rng(5).normal(0, 3, (3001, 64)).astype(np.float32)
+    for config in (RoutingConfig(6), RoutingConfig(6, True, "sqrtsoftplus", None, None, BIAS[:64])):
+        monkeypatch.setenv("PYMOE_NUM_THREADS", "4")
+        want = [a.tobytes() for a in route(logits, config)]
+        monkeypatch.setenv("PYMOE_NUM_THREADS", num_threads)
+        assert [a.tobytes() for a in route(logits, config)] == want
+
+
+def test_callers_in_many_threads_do_not_disturb_each_other():
+    rng = np.random.default_rng(6)
+    cases = [rng.normal(0, 3, (M, 64)).astype(np.float32) for M in (1, 300, 900, 2000)] * 4
+    want = [route(logits, RoutingConfig(6), backend="numpy") for logits in cases]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda logits: route(logits, RoutingConfig(6)), cases))
+    for g, w in zip(got, want, strict=True):
+        assert [a.tobytes() for a in g] == [a.tobytes() for a in w]
 
 
 def test_exp_is_within_1e_15():

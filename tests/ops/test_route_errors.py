@@ -7,7 +7,7 @@ import pytest
 
 from pymoe.config import RoutingConfig
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
-from pymoe.ops.route import HashRouter, ZeroExpertRouter, route, simulate_routing
+from pymoe.ops.route import HashRouter, ZeroExpertRouter, route, route_as, simulate_routing
 
 X = np.zeros((3, 8), np.float32)
 
@@ -233,3 +233,10 @@ def test_zero_expert_router():
         router(X[:2], X)
     with pytest.raises(DTypeError, match=r"hidden_states must have dtype float32, float16, bfloat16; got float64"):
         router(X.astype(np.float64), X)
+
+
+def test_errors_name_the_public_call():
+    with pytest.raises(ArgumentError, match=r"select_experts: topk must be in 1..E, .*; got 9 with E = 8\."):
+        route_as("select_experts", X, RoutingConfig(9))
+    with pytest.raises(ArgumentError, match=r"ZeroExpertRouter: topk must be in 1..E, .*; got 9 with E = 8\."):
+        ZeroExpertRouter(RoutingConfig(9), 6)(X, X)

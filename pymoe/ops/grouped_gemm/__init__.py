@@ -150,10 +150,10 @@ def _activations(a: Array, w: WeightOperand, key: QuantKey | None, scale: Any) -
     if w.key is not None and w.key.dtype in ("fp8", "int8") and extent == w.block[1] and w.block[0] > 1:
         return values, factors
     with np.errstate(all="ignore"):
+        if gscale is not None:
+            factors = factors / np.asarray(gscale, np.float32)
         for g in range(factors.shape[1]):
             values[:, g * extent : (g + 1) * extent] *= factors[:, g : g + 1]
-        if gscale is not None:
-            values /= np.asarray(gscale, np.float32)
     return values, None
 
 

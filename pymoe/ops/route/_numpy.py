@@ -1,4 +1,15 @@
-"""The definition of routing, one array statement a step."""
+"""The definition of routing, one array statement a step.
+
+1. Clean the float32 logits: NaN becomes -inf, +inf the largest float32.  A row of nothing but -inf ends here.
+2. Without bias and groups compare the logits; otherwise float32 scores of all experts, plus the float32 bias.
+3. With groups, a group stands for the float32 sum of its two best (with a bias, or the method DeepSeekV3) or its best;
+   the `topk_group` largest stay, ties to the lowest group.  The experts of the others cannot be chosen.
+4. Choose the `topk` largest in descending order, ties to the lowest id.
+5. Weights in float64: e**(logit - largest chosen) for the softmax over the chosen, the logit itself for TopK (-inf: 0),
+   else the float32 score, which holds no bias.  When renormalizing, divide by their sum over slots 0..topk-1 plus
+   epsilon (0, or 1e-20 for groups, DeepSeekV3 and MiniMax2); a sum of 0 gives 0.  Multiply by the scaling factor, and
+   round once to float32.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pymoe.ops.route import _numpy
 from pymoe.ops.route._rule import resolve
 from pymoe.ops.route.simulate import simulate_routing
 
-__all__ = ["route"]
+__all__ = ["route", "route_as"]
 
 Array = Any
 
@@ -68,8 +68,29 @@ def route(
     Source
     ------
     vLLM 0.33.0, `fused_moe/router`.  Differs: selection order is a promise, NaN takes no weight, no denominator is 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pymoe.config import RoutingConfig
+    >>> from pymoe.ops.route import route
+    >>> weights, ids = route(np.array([[0, 2, 2, 1]], np.float32), RoutingConfig(2))
+    >>> weights.tolist(), ids.tolist()
+    ([[0.5, 0.5]], [[1, 2]])
     """
-    call = "route"
+    return route_as("route", router_logits, config, hidden_states=hidden_states, input_ids=input_ids, backend=backend)
+
+
+def route_as(
+    call: str,
+    router_logits: Array,
+    config: RoutingConfig,
+    *,
+    hidden_states: Array | None = None,
+    input_ids: Array | None = None,
+    backend: str | None = None,
+) -> tuple[Array, Array]:
+    """Do `route` for the public function `call`, whose name stands in the errors."""
     if not isinstance(config, RoutingConfig):
         raise DTypeError(complaint(call, "config", "be a RoutingConfig", type(config).__name__))
     logits = as_numpy(call, "router_logits", router_logits)

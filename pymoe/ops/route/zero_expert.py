@@ -10,7 +10,7 @@ from pymoe import checks
 from pymoe.config import RoutingConfig
 from pymoe.device.arrays import as_float32, as_numpy
 from pymoe.errors import ArgumentError, DTypeError, complaint
-from pymoe.ops.route.router import route
+from pymoe.ops.route.router import route_as
 
 __all__ = ["ZeroExpertRouter", "ZeroExpertRouting", "split_zero_experts"]
 
@@ -104,5 +104,5 @@ class ZeroExpertRouter:
         x = as_numpy(call, "hidden_states", hidden_states)
         checks.hidden(call, "hidden_states", x)
         checks.shape(call, "hidden_states", x, (logits.shape[0], None))
-        weights, ids = route(logits, self.config, hidden_states=x, input_ids=input_ids)
+        weights, ids = route_as(call, logits, self.config, hidden_states=x, input_ids=input_ids)
         return split_zero_experts(x, weights, ids, self.num_experts)

@@ -68,7 +68,7 @@ def weight_reduce(
     >>> weight_reduce(slots, np.array([[0.5, 2.0]]), np.array([[3, -1]])).tolist()
     [[0.5]]
     """
-    call = "weight_reduce"
+    call, implementation = "weight_reduce", _implementation(backend)
     slots = as_numpy(call, "slots", slots)
     checks.shape(call, "slots", slots, (None, None, None))
     checks.float_dtype(call, "slots", slots)
@@ -93,5 +93,16 @@ def weight_reduce(
         inputs = {"slots": slots, "topk_weights": topk_weights, "topk_ids": topk_ids}
         checks.output(call, out, M, K, out.dtype, inputs)
     weights = None if topk_weights is None else as_float32(topk_weights)
-    _numpy.weight_reduce(slots, weights, topk_ids, out)
+    implementation.weight_reduce(slots, weights, topk_ids, out)
     return out
+
+
+def _implementation(backend: str | None) -> Any:
+    """Return the module that computes; Numba is loaded on first use only."""
+    if backend == "numpy":
+        return _numpy
+    if backend not in (None, "numba"):
+        raise ArgumentError(complaint("weight_reduce", "backend", "be numpy, numba or None", repr(backend)))
+    from pymoe.ops.weight_reduce import _numba
+
+    return _numba
