@@ -6,6 +6,7 @@ exp, tanh and erfc take a float32 and give the float32 nearest to the true value
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ _SQRT_HALF = np.float32(math.sqrt(0.5))
 _TANH_SCALE = np.float32(-2.0 * math.sqrt(2.0 / math.pi))
 _TANH_CUBIC = np.float32(0.044715)
 _ONE = np.float32(1)
-_erfc64 = np.frompyfunc(math.erfc, 1, 1)
+_erfc64: Any = np.frompyfunc(math.erfc, 1, 1)
 
 
 def activation(x: Array, config: ActivationConfig, out: Array) -> None:
@@ -66,7 +67,7 @@ def relu2(g: Array) -> Array:
     return positive * positive
 
 
-_UNGATED = {
+_UNGATED: dict[Any, Callable[[Array], Array]] = {
     MoEActivation.SILU_NO_MUL: silu,
     MoEActivation.GELU_NO_MUL: gelu,
     MoEActivation.GELU_TANH_NO_MUL: gelu_tanh,
@@ -75,8 +76,8 @@ _UNGATED = {
 
 
 def _gated(gate: Array, up: Array, config: ActivationConfig) -> Array:
-    kind, p = config.activation, config.resolved()
-    limit = None if p["clamp_limit"] is None else np.float32(p["clamp_limit"])
+    kind, p = config.activation, dict[str, Any](config.resolved())
+    limit: Any = None if p["clamp_limit"] is None else np.float32(p["clamp_limit"])
     if kind is MoEActivation.GELU:
         return gelu(gate) * up
     if kind is MoEActivation.GELU_TANH:
