@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from numpydoc.docscrape import NumpyDocString  # noqa: E402
+
 import pymoe  # noqa: E402  found only now
 
 project = "pymoe"
@@ -33,7 +35,16 @@ autosummary_generate = True
 autodoc_typehints = "none"  # docstrings say more: shapes and dtypes
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
-doctest_global_setup = "import numpy as np\nimport pymoe"
+# As `doctest` does it, the examples of a stage see the stage's own name.
+doctest_global_setup = """
+import numpy as np
+import pymoe
+from pymoe.ops import activation, grouped_gemm, moe_align_block_size, permute, route, unpermute, weight_reduce
+"""
+
+
+# Known to the parser, so that it does not warn; rendered by the function below.
+NumpyDocString.sections["Source"] = []
 
 
 def _source_as_note(app, what, name, obj, options, lines):

@@ -135,15 +135,18 @@ class TopKWeightAndReduceNaiveBatched(TopKWeightAndReduce):
 def _slab_map(call: str, topk_ids: Array, first: int, E_local: int, capacity: int) -> RowMap:
     """Return the row of each slot when expert ``first + e`` keeps its tokens in order from row ``e * capacity`` on."""
     mine = (topk_ids >= first) & (topk_ids < first + E_local)
-    local = np.where(mine, topk_ids, first).astype(np.int64) - first
+    token, slot = np.nonzero(mine)
+    local = topk_ids[mine].astype(np.int64) - first
+    # One key an expert and token, in the order of the rows: a token that names an expert twice has one row.
+    keys, row_of_slot = np.unique(local * max(len(topk_ids), 1) + token, return_inverse=True)
+    expert = keys // max(len(topk_ids), 1)
+    place: Array = np.arange(len(keys)) - np.searchsorted(expert, expert)
+    if len(place) and place.max() >= capacity:
+        e = int(expert[np.argmax(place)])
+        got = f"capacity {capacity} for the {place.max() + 1} tokens of expert {first + e}"
+        raise ShapeError(complaint(call, "fused_expert_output", "have a row for every token", got))
     slot_to_row = np.full(topk_ids.shape, -1, np.int64)
+    slot_to_row[mine] = (expert * capacity + place)[row_of_slot]
     row_to_slot = np.full(E_local * capacity, -1, np.int64)
-    for e in range(E_local):
-        token, slot = np.nonzero(mine & (local == e))
-        tokens, place = np.unique(token, return_inverse=True)
-        if len(tokens) > capacity:
-            got = f"capacity {capacity} for the {len(tokens)} tokens of expert {first + e}"
-            raise ShapeError(complaint(call, "fused_expert_output", "have a row for every token", got))
-        slot_to_row[token, slot] = e * capacity + place
-        row_to_slot[slot_to_row[token, slot]] = token * topk_ids.shape[1] + slot
+    row_to_slot[slot_to_row[mine]] = token * topk_ids.shape[1] + slot
     return RowMap(np.arange(E_local + 1, dtype=np.int64) * capacity, row_to_slot, slot_to_row)

@@ -10,7 +10,7 @@ FLOORS = {
     "errors": 0, "_version": 0, "activations": 0.5, "quantization": 0.5, "config": 1,
     "contracts": 2, "checks": 2, "environment": 2, "codec": 2, "device": 2, "tokens": 2, "installation": 2.5,
     "ops": 3, "comm": 3, "weight_and_reduce": 4, "prepare_finalize": 5, "experts": 5, "kernel": 6, "select": 7,
-    "functional": 8, "checkpoint": 8, "dense": 8, "layer": 9, "bench": 10, "cli": 10, "__main__": 10,
+    "functional": 8, "checkpoint": 8, "dense": 8, "layer": 9, "bench": 10, "cli": 10, "__main__": 11,
 }  # fmt: skip
 """Floor of each module or package of pymoe; a module imports from lower floors only."""
 
@@ -18,6 +18,7 @@ FLOORS = {
 SAME_FLOOR = {("checks", "environment"), ("checks", "device"), ("device", "environment"), ("device", "checks"),
               ("codec", "checks"), ("codec", "device"), ("experts", "contracts")}  # fmt: skip
 OPTIONAL = {"cupy", "numba", "mpi4py", "torch", "jax", "matplotlib", "llvmlite", "tqdm"}
+READERS = {"environ", "environb", "getenv", "getenvb"}
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
 BANNED = {"top_k", "num_topk", "hidden_dim", "hidden_size", "d_model", "num_local_experts", "tmp2", "data", "info"}
 
@@ -55,12 +56,22 @@ def imports(source: str) -> list[Import]:
                 base = "." * child.level + (child.module or "")
                 found.extend(Import(f"{base}.{alias.name}", child.lineno, at_load) for alias in child.names)
             else:
+                if (name := named_at_run_time(child)) is not None:
+                    found.append(Import(name, child.lineno, at_load))  # type: ignore[attr-defined]
                 inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
                 typing_only = isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING",)
                 visit(child, at_load and not inside and not typing_only)
 
     visit(ast.parse(source), True)
     return found
+
+
+def named_at_run_time(node: ast.AST) -> str | None:
+    """Return the module that ``import_module("...")`` or ``__import__("...")`` names, "?" where it is computed."""
+    if not isinstance(node, ast.Call) or ast.unparse(node.func).split(".")[-1] not in ("import_module", "__import__"):
+        return None
+    first = node.args[0] if node.args else None
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else "?"
 
 
 def room(module: str) -> tuple[str, str | None]:
@@ -77,6 +88,8 @@ def import_faults(path: str, source: str) -> list[str]:
     for entry in imports(source):
         where = f"{path}:{entry.line}: imports {entry.module}"
         top = entry.module.split(".")[0]
+        if entry.module == "?":
+            faults.append(f"{where}: a computed name hides the import")
         if entry.module.startswith("."):
             faults.append(f"{where}: relative imports hide the floor")
         if top in OPTIONAL and entry.at_load and not loaded_lazily(path):
@@ -153,10 +166,10 @@ def environment_faults(path: str, source: str) -> list[str]:
     """Return reads of the process environment outside the one module that may."""
     if path in ("pymoe/environment.py",):
         return []
-    return [
-        f"{path}:{node.lineno}: reads os.{node.attr}"
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Attribute)
-        and node.attr in ("environ", "getenv", "environb")
-        and ast.unparse(node.value) == "os"
-    ]
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in READERS and ast.unparse(node.value) == "os":
+            faults.append(f"{path}:{node.lineno}: reads os.{node.attr}")
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            faults += [f"{path}:{node.lineno}: imports {a.name}" for a in node.names if a.name in READERS]
+    return faults

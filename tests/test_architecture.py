@@ -58,6 +58,9 @@ def test_light_import(statement):
         ("pymoe/layer/layer.py", "import numba", "optional libraries load inside functions"),
         ("pymoe/layer/layer.py", "try:\n    import cupy\nexcept ImportError:\n    cupy = None", "optional libraries"),
         ("pymoe/layer/layer.py", "def f():\n    import mpi4py", "only comm imports mpi4py"),
+        ("pymoe/layer/layer.py", "import importlib\nimportlib.import_module('torch')", "optional libraries"),
+        ("pymoe/config.py", "def f():\n    return __import__('pymoe.layer')", "floor 9 is not below 1"),
+        ("pymoe/config.py", "from importlib import import_module\nimport_module(name)", "a computed name"),
         ("pymoe/layer/layer.py", "import pymoe.unheard", "unheard has no floor"),
         ("pymoe/novel.py", "import pymoe.errors", "novel has no floor"),
         ("pymoe/kernel/kernel.py", "import pymoe", "above all floors"),
@@ -90,4 +93,10 @@ def test_the_budgets_can_fail():
     assert "top_k of f is a banned name" in architecture.size_faults("pymoe/x.py", "def f(top_k): ...")[0]
     documented = 'def f():\n    """' + "\n" * 80 + '"""\n    return 1'
     assert architecture.size_faults("pymoe/x.py", documented) == []
-    assert architecture.environment_faults("pymoe/x.py", "import os\nos.environ['A']") != []
+    assert "I of f is" not in str(architecture.size_faults("pymoe/x.py", "def f(I, topk): ..."))
+
+
+@pytest.mark.parametrize("text", ["import os\nos.environ['A']", "import os\nos.getenv('A')", "from os import environ"])
+def test_the_rule_of_the_environment_can_fail(text):
+    assert architecture.environment_faults("pymoe/x.py", text) != []
+    assert architecture.environment_faults("pymoe/environment.py", text) == []

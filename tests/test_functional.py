@@ -108,7 +108,8 @@ def test_every_integer_dtype_of_ids(dtype):
 
 @pytest.mark.parametrize(
     "bad, dtype",
-    [(-1, np.int32), (-7, np.int64), (E, np.int32), (2**32, np.int64), (2**32 + 1, np.uint64), (2**63, np.uint64), (255, np.uint8)],
+    [(-1, np.int32), (-7, np.int64), (E, np.int32), (2**32, np.int64), (2**32 + 1, np.uint64), (2**63, np.uint64),
+     (255, np.uint8)],
 )  # fmt: skip
 def test_ids_outside_the_range_contribute_exactly_nothing(bad, dtype):
     given = arguments()

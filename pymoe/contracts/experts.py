@@ -156,8 +156,8 @@ class FusedMoEExpertsModular(FusedMoEExperts):
     def moe_problem_size(self, a1: Array, w1: Array, w2: Array, topk_ids: Array) -> tuple[int, int, int, int, int]:
         """Return (E_local, M, N, K, topk).
 
-        K is the number of rows of w2, the one extent that neither packed weights nor packed activations halve.  M is the
-        number of tokens, or the rows of one expert's slab in the batched format.
+        K is the number of rows of w2, the one extent that neither packed weights nor packed activations halve.  M is
+        the number of tokens, or the rows of one expert's slab in the batched format.
         """
         call = f"{type(self).__name__}.moe_problem_size"
         if w1.ndim != 3 or w2.ndim != 3:

@@ -72,11 +72,12 @@ def _static_floor(amax, largest):
     return F(1) if amax == 0 else max(F(amax) / F(largest), F(2.0**-126))
 
 
+@np.errstate(all="ignore")
 def fp8(group, form, static=False):
     """(codes, scale) of one group under an fp8 key; `form` is tensor, row, block, ue8m0 or mx."""
     amax = magnitude(group)
     if form == "mx":
-        n = max(power_at_least(max(amax, F(2.0**-126)) / 448.0) if amax > 2.0**-119 else -127, -127)
+        n = max(power_at_least(float(amax) / 448.0) if amax > 2.0**-119 else -127, -127)
         return e4m3(np.asarray(group, np.float64) * 2.0**-n), n + 127
     if static or form == "tensor":
         scale = _static_floor(amax, 448)
@@ -87,33 +88,33 @@ def fp8(group, form, static=False):
     if form == "ue8m0":
         n = power_at_least(scale)
         return e4m3(np.asarray(group, np.float64) * 2.0**-n), n + 127
-    with np.errstate(all="ignore"):
-        y = group / scale if form == "row" else group * (F(1) / scale)
+    y = group / scale if form == "row" else group * (F(1) / scale)
     return e4m3(y), scale
 
 
+@np.errstate(all="ignore")
 def int8(group, form, static=False):
     """(codes, scale) of one group under an int8 key; `form` is tensor, row or block."""
     amax = magnitude(group)
     if has_nan(group) and form != "tensor":
         return np.zeros(group.shape, np.int8), F(np.nan)
-    with np.errstate(all="ignore"):
-        if static:
-            scale = _static_floor(amax, 127)
-            y = np.rint(group / scale)
-        elif form == "tensor":
-            scale = max(amax / F(127), F(1e-10))
-            y = np.rint(group / scale)
-        elif form == "row":
-            amax = max(amax, F(1e-10))
-            scale = amax / F(127)
-            y = half_away(np.clip(group * (F(127) / amax), F(-200), F(200)))
-        else:
-            scale = max(amax, F(1e-10)) / F(127)
-            y = np.trunc(np.clip(group / scale, -128, 127))
+    if static:
+        scale = _static_floor(amax, 127)
+        y = np.rint(group / scale)
+    elif form == "tensor":
+        scale = max(amax / F(127), F(1e-10))
+        y = np.rint(group / scale)
+    elif form == "row":
+        amax = max(amax, F(1e-10))
+        scale = amax / F(127)
+        y = half_away(np.clip(group * (F(127) / amax), F(-200), F(200)))
+    else:
+        scale = max(amax, F(1e-10)) / F(127)
+        y = np.trunc(np.clip(group / scale, -128, 127))
     return clamp_int(y, -128, 127).astype(np.int8), scale
 
 
+@np.errstate(all="ignore")
 def mxfp4(group):
     if has_nan(group):
         return np.zeros(group.shape, np.uint8), 255
@@ -124,18 +125,19 @@ def mxfp4(group):
     return e2m1(np.asarray(group, np.float64) * 2.0**-exponent), exponent + 127
 
 
+@np.errstate(all="ignore")
 def nvfp4(group, global_scale, multiplies):
     """(codes, e4m3 scale) of one group of 16."""
     if has_nan(group):
         return np.zeros(group.shape, np.uint8), 0x7F
     sixth, g = magnitude(group) / F(6), F(global_scale)
-    with np.errstate(all="ignore"):
-        code = int(e4m3(sixth / g if multiplies else g * sixth))
-        block = F(e4m3_value(code))
-        factor = F(0) if block == 0 else F(1) / (block * g if multiplies else block / g)
-        return e2m1(group * factor), code
+    code = int(e4m3(sixth / g if multiplies else g * sixth))
+    block = F(e4m3_value(code))
+    factor = F(0) if block == 0 else F(1) / (block * g if multiplies else block / g)
+    return e2m1(group * factor), code
 
 
+@np.errstate(all="ignore")
 def weight_only(group, bits, symmetric):
     """(codes, scale, zero point) of one group of unsigned integers."""
     half, last = 1 << (bits - 1), (1 << bits) - 1
@@ -144,12 +146,11 @@ def weight_only(group, bits, symmetric):
     biggest = np.finfo(F).max
     low = min(F(0), F(max(group.min(), -biggest)))
     high = max(F(0), F(min(group.max(), biggest)))
-    with np.errstate(all="ignore"):
-        if symmetric:
-            scale = max(high / F(half - 1), -low / F(half))
-            scale = F(1) if scale == 0 else max(scale, F(2.0**-126))
-            zp = half
-        else:
-            scale = min(max(high - low, F(1e-5)), biggest) / F(last)
-            zp = int(np.clip(np.rint(-low / scale), 0, last))
-        return np.clip(np.rint(group / scale).astype(np.float64) + zp, 0, last).astype(np.uint8), scale, zp
+    if symmetric:
+        scale = max(high / F(half - 1), -low / F(half))
+        scale = F(1) if scale == 0 else max(scale, F(2.0**-126))
+        zp = half
+    else:
+        scale = min(max(high - low, F(1e-5)), biggest) / F(last)
+        zp = int(np.clip(np.rint(-low / scale), 0, last))
+    return np.clip(np.rint(group / scale).astype(np.float64) + zp, 0, last).astype(np.uint8), scale, zp

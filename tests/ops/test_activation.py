@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 import warnings
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from pymoe.activations import ActivationConfig, register_activation
-from pymoe.errors import ArgumentError, DTypeError, ShapeError
+from pymoe.errors import ArgumentError, DTypeError, KernelCompileError, ShapeError
 from pymoe.ops.activation import activation
 
 BF16 = ml_dtypes.bfloat16
@@ -219,6 +221,22 @@ def test_rows_do_not_depend_on_their_company(case, backend):
     assert np.array_equal(bits(activation(x[::-1], config_of(case), backend=backend)), bits(whole[::-1]))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("case", ALL)
+def test_bits_do_not_depend_on_threads(case, threads, monkeypatch):
+    x = sample(12, (300, 1026))
+    expected = activation(x, config_of(case), backend="numba")
+    monkeypatch.setenv("PYMOE_NUM_THREADS", str(threads))
+    assert np.array_equal(bits(activation(x, config_of(case), backend="numba")), bits(expected))
+
+
+@pytest.mark.parametrize("width", [4096, 4097, 14336])
+def test_D14_every_column_is_written(width, backend):
+    out = np.full((2, width), np.nan, np.float32)
+    x = np.full((2, 2 * width), 32.0, np.float32)
+    assert (activation(x, "silu", out=out, backend=backend) == 1024).all()
+
+
 @pytest.mark.parametrize("case", ["silu", "swigluoai", "gelu", "relu2_no_mul"])
 def test_columns_do_not_depend_on_their_place(case, backend):
     """A vector body and its scalar tail must give the same bits."""
@@ -286,6 +304,20 @@ def test_registered_activation_is_replaced(backend):
     assert np.array_equal(activation(x, first, backend=backend), x)
 
 
+class Holder:
+    """Numba cannot type an instance of a plain class."""
+
+    factor = 2.0
+
+
+def test_registered_activation_that_numba_cannot_compile():
+    holder = Holder()
+    odd = register_activation("test_odd", lambda v: holder.factor * v, gated=False)
+    with pytest.raises(KernelCompileError, match="^activation: config.activation must be compilable by Numba"):
+        activation(np.ones((1, 2), np.float32), odd, backend="numba")
+    assert activation(np.ones((1, 2), np.float32), odd, backend="numpy").tolist() == [[2.0, 2.0]]
+
+
 def test_inputs_are_unchanged(backend):
     x = sample(8)
     kept = x.copy()
@@ -325,3 +357,9 @@ def test_out_may_not_overlap_x():
     x = np.zeros((2, 4), np.float32)
     with pytest.raises(ArgumentError, match="out must not overlap x"):
         activation(x, "silu", out=x[:, :2])
+
+
+def test_examples_in_the_docstrings():
+    found = doctest.testmod(importlib.import_module("pymoe.ops.activation"))
+    assert found.attempted
+    assert not found.failed

@@ -42,7 +42,8 @@ def loops(a, w, offsets, gather=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize(
-    "E, N, K, P", [(1, 1, 1, 1), (3, 5, 7, 4), (2, 33, 15, 9), (5, 64, 16, 65), (4, 31, 130, 3), (7, 4, 65, 300), (2, 3, 17, 0)]
+    "E, N, K, P",
+    [(1, 1, 1, 1), (3, 5, 7, 4), (2, 33, 15, 9), (5, 64, 16, 65), (4, 31, 130, 3), (7, 4, 65, 300), (2, 3, 17, 0)],
 )  # fmt: skip
 def test_exact_integers_bit_for_bit(backend, dtype, E, N, K, P):
     w, a, offsets = integers((E, N, K), 1, dtype=dtype), integers((P, K), 2, dtype=dtype), offsets_for(E, P)

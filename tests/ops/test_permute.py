@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
 
 import ml_dtypes
@@ -96,8 +98,8 @@ def test_E3_every_integer_dtype(dtype, backend):
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_B4_no_id_wraps_into_the_range(dtype, backend):
     limits = np.iinfo(dtype)
-    candidates = [limits.min, limits.max, limits.max - 1, 123456789, 2071690107, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 256,
-                  65536, 65537, 2**63, 2**64 - 1, -(2**32), -(2**31), -5, -1, 4, 3, 0]  # fmt: skip
+    candidates = [limits.min, limits.max, limits.max - 1, 123456789, 2071690107, 2**31 - 1, 2**31, 2**32, 2**32 + 1,
+                  256, 65536, 65537, 2**63, 2**64 - 1, -(2**32), -(2**31), -5, -1, 4, 3, 0]  # fmt: skip
     ids = np.array([[v] for v in candidates if limits.min <= v <= limits.max], dtype)
     check(ids, 4, None, backend)
     check(ids, 2, np.array([1, -1, 0, -1], np.int32), backend)
@@ -178,6 +180,33 @@ def test_D1_many_tokens(M, backend):
     live = flat >= 0
     assert np.array_equal(row_map.row_to_slot[row_map.slot_to_row.reshape(-1)[live]], np.flatnonzero(live))
     assert (row_map.slot_to_row.reshape(-1)[~live] == -1).all()
+
+
+def test_B21_counts_equal_a_bincount():
+    ids = np.random.default_rng(21).integers(0, 40, (5000, 6))
+    assert np.array_equal(count_expert_num_tokens(ids, 40), np.bincount(ids.reshape(-1), minlength=40))
+
+
+def test_D3_rows_beyond_2_to_the_31_elements(tmp_path, backend):
+    """A sparse file stands for the tokens: only the pages that are read exist."""
+    M = 2**31 // 4096 + 3
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(M, 4096))
+    x[-1], x[-2] = 7, 5
+    ids = np.full((M, 1), -1, np.int8)
+    ids[-2:] = [[1], [0]]
+    rows = permute_rows(x, permute(ids, 2), backend=backend)
+    assert rows.shape == (2, 4096)
+    assert (rows[0] == 7).all()
+    assert (rows[1] == 5).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_rows_do_not_depend_on_threads(threads, monkeypatch, backend):
+    monkeypatch.setenv("PYMOE_NUM_THREADS", str(threads))
+    rng = np.random.default_rng(1)
+    x, ids = rng.standard_normal((3000, 701)).astype(np.float32), rng.integers(0, 5, (3000, 2))
+    row_map = permute(ids, 5)
+    assert np.array_equal(permute_rows(x, row_map, backend=backend), x[row_map.row_to_token])
 
 
 def test_D15_sizes_as_numpy_integers(backend):
@@ -366,3 +395,10 @@ def test_batched_align_against_plain_loop(counts, block):
 def test_batched_align_refuses_impossible_counts(counts):
     with pytest.raises(ArgumentError, match=r"expert_num_tokens must be in 0\.\.5; got -?\d at 0"):
         batched_moe_align_block_size(5, 2, np.array(counts))
+
+
+@pytest.mark.parametrize("module", ["pymoe.ops.permute", "pymoe.ops.permute.align"])
+def test_examples_in_the_docstrings(module):
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.attempted
+    assert not found.failed

@@ -80,7 +80,7 @@ def test_hash_router_against_loops(scoring_func, renormalize):
 
 
 def test_hash_router_copies_its_table_and_survives_dead_rows():
-    table = np.array([[3, 1]])
+    table = np.array([[3, 1]], np.int32)
     router = HashRouter(table)
     table[:] = 7
     dead = np.full((1, 8), np.nan, np.float32)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import warnings
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from pymoe.contracts import RowMap
 from pymoe.errors import ArgumentError, DTypeError, ShapeError
 from pymoe.ops.permute import permute, permute_rows
 from pymoe.ops.unpermute import unpermute
@@ -190,6 +193,26 @@ def test_rows_do_not_depend_on_their_company(backend):
     assert np.array_equal(bits(np.vstack([run(np.arange(0, 17)), run(np.arange(17, 40))])), bits(whole))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bits_do_not_depend_on_threads(threads, monkeypatch, backend):
+    rows, row_map, weights = problem(700, 4, 501, 6, 11)
+    monkeypatch.setenv("PYMOE_NUM_THREADS", "3")
+    expected = unpermute(rows, row_map, topk_weights=weights, out_dtype=BF16, backend="numpy")
+    monkeypatch.setenv("PYMOE_NUM_THREADS", str(threads))
+    y = unpermute(rows, row_map, topk_weights=weights, out_dtype=BF16, backend=backend)
+    assert np.array_equal(bits(y), bits(expected))
+
+
+def test_D4_rows_beyond_2_to_the_31_elements(tmp_path, backend):
+    """A sparse file stands for the rows: only the pages that are read exist."""
+    P, K = 2**31 // 4096 + 3, 4096
+    rows = np.memmap(tmp_path / "rows", np.float32, "w+", shape=(P, K))
+    rows[-1], rows[-3], rows[0] = 1.5, 0.25, 4.0
+    slot_to_row = np.array([[P - 1, P - 3], [-1, 0]])
+    row_map = RowMap(np.array([0, P]), np.empty(0, np.int64), slot_to_row)
+    assert unpermute(rows, row_map, backend=backend).tolist() == [[1.75] * K, [4.0] * K]
+
+
 @pytest.mark.parametrize("M", [1, 65, 4097])
 def test_D7_round_trip(M, backend):
     rng = np.random.default_rng(M)
@@ -265,3 +288,9 @@ def test_out_may_not_overlap_an_input():
     rows = np.zeros((3, 2), np.float32)
     with pytest.raises(ArgumentError, match="out must not overlap rows"):
         unpermute(rows[:2], row_map, out=rows[1:])
+
+
+def test_examples_in_the_docstrings():
+    found = doctest.testmod(importlib.import_module("pymoe.ops.unpermute"))
+    assert found.attempted
+    assert not found.failed

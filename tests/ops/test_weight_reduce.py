@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import warnings
 
 import ml_dtypes
@@ -96,6 +98,27 @@ def test_E1_E2_strides(backend):
     assert np.array_equal(weight_reduce(tiled, weights, backend=backend), plain_sum(tiled, weights))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bits_do_not_depend_on_threads(threads, monkeypatch, backend):
+    slots, weights, ids = problem(700, 4, 501, 6)
+    expected = weight_reduce(slots, weights, ids, backend="numpy")
+    monkeypatch.setenv("PYMOE_NUM_THREADS", str(threads))
+    assert np.array_equal(bits(weight_reduce(slots, weights, ids, backend=backend)), bits(expected))
+
+
+def test_D4_slots_beyond_2_to_the_31_elements(tmp_path, backend):
+    """A sparse file stands for the slots: only the pages that are read exist."""
+    topk, K = 2**31 // 4096 // 64, 4096
+    slots = np.memmap(tmp_path / "slots", np.float32, "w+", shape=(66, topk, K))
+    slots[-1, -1], slots[0, 0] = 1.5, 4.0
+    ids = np.full((66, topk), -1, np.int8)
+    ids[-1, -1] = ids[0, 0] = 3
+    y = weight_reduce(slots, None, ids, backend=backend)
+    assert (y[-1] == 1.5).all()
+    assert (y[0] == 4.0).all()
+    assert not y[1:-1].any()
+
+
 def test_no_warning_leaves_and_inputs_stay(backend):
     slots = np.full((2, 2, 2), 3e38, np.float32)
     slots[1] = np.inf
@@ -132,3 +155,9 @@ def test_out_may_not_overlap_slots():
     slots = np.zeros((2, 1, 2), np.float32)
     with pytest.raises(ArgumentError, match="out must not overlap slots"):
         weight_reduce(slots, out=slots[:, 0])
+
+
+def test_examples_in_the_docstrings():
+    found = doctest.testmod(importlib.import_module("pymoe.ops.weight_reduce"))
+    assert found.attempted
+    assert not found.failed

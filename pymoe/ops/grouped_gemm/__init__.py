@@ -70,7 +70,7 @@ def grouped_gemm(
     -----
     Sums run over k in float32 (int8 by int8: exact integers).  Tensor, channel and token scales multiply the sum
     afterwards, first the row's, then the weight's; blocks of fp8 and int8 scale their partial sums; mx, nvfp4 and
-    weight-only schemes scale before the sum.  A row's bits depend on no other row, nor on the number of rows or threads.
+    weight-only schemes scale before the sum.  A row's bits depend on no other row, nor on how many rows or threads.
 
     Source
     ------

@@ -1,7 +1,7 @@
 """The inner loop as LLVM IR: a tile of dot products over 16 explicit lanes.
 
-Every (row, n) sums k = l, l+16, l+32 ... in lane l by fused multiply-add, then adds the lanes in one fixed tree.  The tile
-that a row falls into changes which sums share registers, never a sum's order, so bits depend on the row alone.
+Every (row, n) sums k = l, l+16, l+32 ... in lane l by fused multiply-add, then adds the lanes in one fixed tree.  The
+tile that a row falls into changes which sums share registers, never a sum's order: bits depend on the row alone.
 """
 
 from __future__ import annotations

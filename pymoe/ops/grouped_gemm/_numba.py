@@ -124,7 +124,8 @@ def _multiply(
             for g in range(groups):
                 _decode(
                     tile[at + g * padded : at + (g + 1) * padded], codes, kind, table, e, n, g * group,
-                    min((g + 1) * group, K), scale, scale_table, has_scale and not scaled_in_groups, bn, bk, zp, zp_kind,
+                    min((g + 1) * group, K), scale, scale_table, has_scale and not scaled_in_groups, bn, bk, zp,
+                    zp_kind,
                 )  # fmt: skip
         for n in range(n1, n0 + N_TILE):
             tile[(n - n0) * width : (n - n0 + 1) * width] = 0

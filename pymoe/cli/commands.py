@@ -1,0 +1,91 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pymoe import environment, installation
+from pymoe.checkpoint import list_layers
+from pymoe.cli import files, report
+from pymoe.cli.progress import Progress
+from pymoe.errors import ArgumentError, BackendUnavailableError, UnsupportedError, complaint
+from pymoe.layer import MoELayer
+
+TOKENS_A_STEP = 4096
+"""Tokens between two steps of the progress bar."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run a layer of a checkpoint: print plan, expert load, time and memory; write the output."""
+    output = files.output_path(options.output)
+    plot = None if options.plot is None else _plot_path(options.plot)
+    started = time.perf_counter()
+    layer = MoELayer.from_checkpoint(options.checkpoint, options.layer, scheme=options.scheme, dtype=options.dtype)
+    x = files.read_tokens(options.input)
+    if x.ndim != 2 or x.shape[1] != layer.K:
+        raise ArgumentError(complaint("pymoe run", "--input", f"hold tokens of shape (M, {layer.K})", x.shape))
+    loaded = time.perf_counter()
+    M = x.shape[0]
+    # One scale over all tokens needs them all in one call; otherwise the bits do not depend on how they are cut.
+    step = max(M, 1) if layer.quant_config.is_dynamic_per_tensor else TOKENS_A_STEP
+    print(f"layer      {layer}")
+    report.print_plan(layer.plan(min(M, step)), M, layer.dtype)
+    layer.warm_up(min(M, 1))
+    warm = time.perf_counter()
+    y = np.empty((M, layer.K), np.float32)
+    load = np.zeros(layer.num_experts, np.int64)
+    with Progress(M, "tokens") as progress, np.errstate(all="ignore"):
+        for start in range(0, M, step):
+            tokens = np.ascontiguousarray(x[start : start + step]).astype(layer.dtype)
+            y[start : start + step] = layer(tokens).astype(np.float32)
+            load += layer.last_load
+            progress.advance(len(tokens))
+    computed = time.perf_counter()
+    files.write_npy(output, y)
+    report.print_load(load)
+    rate = f", {M / (computed - warm):,.0f} tokens/s" if M else ""
+    print(f"time       load {loaded - started:.3f} s, compile {warm - loaded:.3f} s, run {computed - warm:.3f} s{rate}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"memory     peak {report.size(peak)} of this process, {environment.num_threads()} threads")
+    print(f"output     {output}  float32 {y.shape}")
+    if plot is not None:
+        report.plot_load(load, plot, f"layer {options.layer}, {M} tokens")
+        print(f"plot       {plot}")
+
+
+def info(options: argparse.Namespace) -> None:
+    """List the MoE layers of a checkpoint."""
+    layers = list_layers(options.checkpoint)
+    print(f"{'layer':>5} {'experts':>8} {'topk':>5} {'K':>7} {'I':>7}  {'dtype':10} {'bytes':>10}")
+    for entry in layers:
+        sizes = f"{entry.layer:>5} {entry.num_experts:>8} {entry.topk:>5} {entry.K:>7} {entry.I:>7}"
+        print(f"{sizes}  {entry.dtype:10} {report.size(entry.nbytes):>10}")
+    print(f"{len(layers)} MoE layers, {report.size(sum(entry.nbytes for entry in layers))}")
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Show what pymoe found on this machine."""
+    installation.show_config()
+    missing = [name for name, state in installation.installation().items() if state == "not installed"]
+    if missing:
+        print(f"not installed: {', '.join(missing)} (optional; see the extras cu12, cu13, mpi, plot)")
+
+
+def later(options: argparse.Namespace) -> None:
+    """Refuse a command that this version does not have."""
+    raise UnsupportedError(complaint("pymoe", options.name, "wait for a later version", "this one"))
+
+
+def _plot_path(path: str) -> Path:
+    """Return where to draw, or refuse before any work."""
+    if not report.can_plot():
+        rule = "have matplotlib to draw with"
+        remedy = "Install the extra: pip install 'pymoe[plot]'"
+        raise BackendUnavailableError(complaint("pymoe run", "--plot", rule, "no matplotlib", remedy))
+    return files.output_path(path, (".png", ".svg", ".pdf"))

@@ -1,0 +1,75 @@
+"""Commands and their options; errors become one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from pymoe import environment
+from pymoe._version import __version__
+from pymoe.cli import commands
+from pymoe.errors import PymoeError
+
+OK, FAILURE, USAGE = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, or 1 after an error that is told on stderr.  A wrong command line exits with 2."""
+    options = _parser().parse_args(arguments)
+    if environment.show_debug():
+        logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s", stream=sys.stderr)
+    try:
+        options.command(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("pymoe: interrupted", file=sys.stderr)
+        return FAILURE
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has left; nothing more can be said
+        return FAILURE
+    except (PymoeError, OSError, MemoryError, ImportError) as error:
+        if environment.show_debug():
+            traceback.print_exc()
+        print(f"pymoe: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return FAILURE
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pymoe", description="Fused Mixture-of-Experts layers without PyTorch.")
+    parser.add_argument("--version", action="version", version=f"pymoe {__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = subparsers.add_parser("run", help="run one layer of a checkpoint on tokens in a file")
+    run.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and safetensors files")
+    run.add_argument("--layer", type=int, required=True, metavar="L", help="number of the decoder layer")
+    run.add_argument("--input", required=True, metavar="X", help="tokens (M, K): .npy or .safetensors")
+    run.add_argument("--output", required=True, metavar="Y", help=".npy to write, float32")
+    run.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), metavar="D",
+                     help="dtype to compute in: float32, float16 or bfloat16; default the checkpoint's")  # fmt: skip
+    run.add_argument("--scheme", metavar="S", help="quantize the weights first, such as fp8 or int4")
+    run.add_argument("--plot", metavar="P", help="draw the expert load into this file (needs matplotlib)")
+    run.set_defaults(command=commands.run)
+
+    info = subparsers.add_parser("info", help="list the MoE layers of a checkpoint")
+    info.add_argument("checkpoint", metavar="CHECKPOINT")
+    info.set_defaults(command=commands.info)
+
+    doctor = subparsers.add_parser("doctor", help="show versions, processor, threads, caches, optional libraries")
+    doctor.set_defaults(command=commands.doctor)
+
+    for name, purpose in (("bench", "time a layer"), ("compile", "compile the CUDA kernels")):
+        later = subparsers.add_parser(name, help=f"{purpose} (not in this version)")
+        later.set_defaults(command=commands.later, name=name)
+    return parser

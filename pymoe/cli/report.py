@@ -1,0 +1,63 @@
+"""What a run prints and draws: plan, expert load, sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from pymoe.layer import Plan
+
+Array = Any
+
+BAR = 40
+"""Characters of the longest bar."""
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in a unit that keeps it short."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def print_plan(plan: Plan, M: int, dtype: Any) -> None:
+    """Print the chosen pair, its memory and every refused candidate."""
+    print(f"plan       {plan.prepare_finalize} with {plan.experts}, {M} tokens in {dtype}")
+    print(f"           {plan.chunks} chunks a step, workspace {size(plan.workspace_bytes)}")
+    for refusal in plan.refused:
+        print(f"           not {refusal.experts}: {refusal.reason}")
+
+
+def print_load(load: Array) -> None:
+    """Print the rows of each expert as bars, and how far the busiest is above the mean."""
+    largest, total = int(load.max(initial=0)), int(load.sum())
+    print(f"load       {total} rows over {len(load)} experts", end="")
+    print(f", busiest {largest / (total / len(load)):.2f} times the mean" if total else "")
+    for expert, rows in enumerate(load):
+        bar = "#" * round(BAR * int(rows) / largest) if largest else ""
+        print(f"{expert:>10} {int(rows):>9}  {bar}".rstrip())
+
+
+def can_plot() -> bool:
+    """Return whether matplotlib is there, without loading it."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_load(load: Array, path: Path, title: str) -> None:
+    """Draw the expert load as bars with its mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(max(4, min(16, len(load) / 4)), 3), layout="constrained")
+    axes.bar(range(len(load)), load, color="#4878a8")
+    if len(load):
+        axes.axhline(load.mean(), color="#a04040", linewidth=1, label=f"mean {load.mean():.1f}")
+        axes.legend(frameon=False)
+    axes.set(xlabel="expert", ylabel="rows", title=title)
+    figure.savefig(path)
+    pyplot.close(figure)

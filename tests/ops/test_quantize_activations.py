@@ -1,0 +1,160 @@
+"""quantize_activations, and what all quantizers promise: rows apart, NaN in its row, no warning, any strides."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import pymoe
+from pymoe import dequantize, environment, quantize
+from pymoe.ops.quantize import _matrices, dequantize_activations, quantize_activations
+from pymoe.quantization import QUANT_KEYS, FusedMoEQuantConfig
+from tests.codec import definitions
+from tests.codec.keys import SEED, special_rows
+
+BF16 = ml_dtypes.bfloat16
+
+
+@pytest.fixture(params=["numpy", "numba"])
+def backend(request, monkeypatch):
+    """Every call of the test takes this backend."""
+    kernels = _matrices.kernels
+    monkeypatch.setattr(_matrices, "kernels", lambda _: kernels(request.param))
+    return request.param
+
+
+# -- activations of a config --
+
+
+def config_of(scheme, **kwargs):
+    w1, w2 = np.ones((1, 32, 64), np.float32), np.ones((1, 64, 32), np.float32)
+    return pymoe.quantize_experts(w1, w2, scheme, **kwargs)[2]
+
+
+ACTIVATIONS = {
+    "fp8_w8a8": ("kFp8DynamicTokenSym", (7, 1)),
+    "fp8_w8a8_tensor": ("kFp8DynamicTensorSym", (1,)),
+    "fp8_w8a8_block": ("kFp8Dynamic128Sym", (7, 2)),
+    "fp8_w8a8_block_ue8m0": ("kFp8Dynamic128E8M0Sym", (7, 2)),
+    "int8_w8a8": ("kInt8DynamicTokenSym", (7, 1)),
+    "int8_w8a8_tensor": ("kInt8DynamicTensorSym", (1,)),
+    "int8_w8a8_block": ("kInt8Dynamic128Sym", (7, 2)),
+    "mxfp8": ("kMxfp8Dynamic", (7, 5)),
+    "mxfp4": ("kMxfp4Dynamic", (7, 5)),
+    "nvfp4": ("kNvfp4Dynamic", (7, 10)),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("scheme", ACTIVATIONS)
+def test_activations_are_those_of_the_key(scheme, dtype, backend):
+    name, shape = ACTIVATIONS[scheme]
+    x = np.random.default_rng(SEED).standard_normal((7, 160)).astype(dtype)
+    codes, scale = quantize_activations(x, config_of(scheme))
+    want, want_scale = quantize(x, name)
+    want_scale = want_scale[0] if isinstance(want_scale, tuple) else want_scale
+    np.testing.assert_array_equal(codes, want)
+    np.testing.assert_array_equal(scale, want_scale)
+    assert scale.shape == shape and scale.dtype == want_scale.dtype
+    np.testing.assert_array_equal(
+        dequantize_activations(codes, scale, config_of(scheme)), dequantize(codes, scale, name)
+    )
+
+
+@pytest.mark.parametrize("scheme", ["fp8_w8a8_tensor", "int8_w8a8_tensor"])
+def test_only_live_rows_enter_a_shared_scale(scheme, backend):
+    x = np.random.default_rng(SEED).standard_normal((6, 64)).astype(np.float32)
+    x[2] *= 1e6
+    x[4, 3] = np.nan
+    live = np.array([True, True, False, True, False, True])
+    config = config_of(scheme)
+    codes, scale = quantize_activations(x, config, live=live)
+    want, want_scale = quantize_activations(x[live], config)
+    np.testing.assert_array_equal(codes[live], want)
+    np.testing.assert_array_equal(scale, want_scale)
+    codes, scale = quantize_activations(x, config, live=np.zeros(6, bool))
+    assert np.isfinite(scale).all() and scale > 0
+    assert codes.shape == x.shape
+
+
+def test_static_scale_of_the_call_wins_over_that_of_the_config(backend):
+    ones = np.ones(1, np.float32)
+    config = FusedMoEQuantConfig.fp8_w8a8(w1_scale=ones, w2_scale=ones, a1_scale=ones, a2_scale=2 * ones)
+    x = np.full((1, 4), 4, np.float32)
+    for which, given, scale in (("a1", None, 1), ("a2", None, 2), ("a2", 4 * ones, 4)):
+        codes, back = quantize_activations(x, config, which, scale=given)
+        assert back.tolist() == [scale] and dequantize_activations(codes, back, config).tolist() == x.tolist()
+        assert codes[0, 0] == definitions.e4m3(4 / scale)
+
+
+# -- promises --
+
+
+@pytest.mark.parametrize("scheme", [s for s in ACTIVATIONS if "tensor" not in s])
+def test_rows_do_not_depend_on_other_rows_or_threads(scheme, backend, monkeypatch):
+    x = np.random.default_rng(SEED).standard_normal((300, 160)).astype(BF16)
+    config = config_of(scheme)
+    codes, scale = quantize_activations(x, config)
+    for threads in (1, 3):
+        monkeypatch.setattr(environment, "num_threads", lambda threads=threads: threads)
+        again, again_scale = quantize_activations(x, config)
+        np.testing.assert_array_equal(again, codes)
+        np.testing.assert_array_equal(again_scale, scale)
+    for row in (0, 299):
+        one, one_scale = quantize_activations(x[row : row + 1], config)
+        np.testing.assert_array_equal(one[0], codes[row])
+        np.testing.assert_array_equal(one_scale[0], scale[row])
+
+
+@pytest.mark.parametrize("name", [name for name in QUANT_KEYS if "Block" not in name])
+def test_nan_stays_in_its_row(name, backend):
+    x = np.random.default_rng(SEED).standard_normal((4, 64)).astype(np.float32)
+    bad = x.copy()
+    bad[1, 5] = np.nan
+    bad[1, 6] = np.abs(x).max()  # so that a scale shared by all rows is unchanged
+    x[1, 6] = bad[1, 6]
+    good, dirty = dequantize(*quantize(x, name), name), dequantize(*quantize(bad, name), name)
+    rows = [0, 2, 3]
+    np.testing.assert_array_equal(dirty[rows], good[rows])
+    if "Int8" in name and "Tensor" in name:
+        assert dirty[1, 5] == 0
+    else:
+        assert np.isnan(dirty[1, 5])
+
+
+@pytest.mark.parametrize("name", QUANT_KEYS)
+def test_no_warning_whatever_the_error_state_and_inputs_stay(name, backend):
+    x = special_rows()
+    x.setflags(write=False)
+    kept = x.copy()
+    with np.errstate(all="raise"):
+        codes, scale = quantize(x, name)
+        values = dequantize(codes, scale, name, dtype=np.float16)
+        assert np.geterr()["over"] == "raise"
+    np.testing.assert_array_equal(x, kept)
+    assert values.dtype == np.float16
+    for array in (codes, *(scale if isinstance(scale, tuple) else (scale,))):
+        assert not np.shares_memory(array, x)
+
+
+@pytest.mark.parametrize("view", ["transposed", "strided", "broadcast", "float64"])
+@pytest.mark.parametrize("name", ["kFp8DynamicTokenSym", "kInt4Static", "kNvfp4Dynamic"])
+def test_any_strides_and_float64(name, view, backend):
+    rng = np.random.default_rng(SEED)
+    x = {
+        "transposed": lambda: rng.standard_normal((64, 6)).astype(np.float32).T,
+        "strided": lambda: rng.standard_normal((12, 192)).astype(np.float32)[::-2, ::3],
+        "broadcast": lambda: np.broadcast_to(rng.standard_normal(64).astype(np.float32), (6, 64)),
+        "float64": lambda: rng.standard_normal((6, 64)),
+    }[view]()
+    plain = np.ascontiguousarray(x, np.float32)
+    np.testing.assert_array_equal(quantize(x, name)[0], quantize(plain, name)[0])
+
+
+@pytest.mark.parametrize("name", QUANT_KEYS)
+def test_A3_no_rows_and_no_matrices(name, backend):
+    for shape in ((0, 64), (0, 4, 64), (2, 0, 64)):
+        codes, scale = quantize(np.empty(shape, np.float32), name)
+        assert codes.shape[:-1] == shape[:-1]
+        assert dequantize(codes, scale, name).shape == shape

@@ -1,0 +1,68 @@
+"""The documentation says what the code says: examples run, and the pages that list names list all of them."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pymoe
+from tests import architecture
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MODULES = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    for path in (ROOT / "pymoe").rglob("*.py")
+    if ">>>" in path.read_text(encoding="utf-8")
+)
+
+
+def page(name):
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings(module):
+    loaded = importlib.import_module(module)
+    result = doctest.testmod(loaded, extraglobs={"np": np, "pymoe": pymoe})
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_reference_lists_every_public_name():
+    listed = set(re.findall(r"^   (\w+)$", page("reference"), flags=re.MULTILINE))
+    expected = set(pymoe.__all__) - set(pymoe.QUANT_KEYS) - {"QUANT_KEYS", "__version__", "ops"}
+    assert listed == expected | set(pymoe.ops.__all__)
+
+
+def test_environment_page_lists_every_variable():
+    text = (ROOT / "pymoe/environment.py").read_text(encoding="utf-8")
+    read = set(re.findall(r"PYMOE_[A-Z_]+[A-Z]", text))
+    listed = set(re.findall(r"^\| `(PYMOE_[A-Z_]+)`", page("environment"), flags=re.MULTILINE))
+    assert read
+    assert read <= listed
+
+
+def test_errors_page_lists_every_kind_with_its_builtin():
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page("errors"), flags=re.MULTILINE))
+    kinds = {name: getattr(pymoe.errors, name) for name in pymoe.errors.__all__ if name.endswith("Error")}
+    assert listed == {name: kind.__bases__[-1].__name__ for name, kind in kinds.items()}
+
+
+def test_architecture_page_has_every_floor():
+    rows = re.findall(r"^\| ([\d.]+) \| ([^|]+) \|", page("architecture"), flags=re.MULTILINE)
+    shown = {room: float(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+    there = {path.stem for path in (ROOT / "pymoe").glob("[!_]*.py")}
+    there |= {path.parent.name for path in (ROOT / "pymoe").glob("[!_]*/__init__.py")} | {"__main__"}
+    assert shown == {room: floor for room, floor in architecture.FLOORS.items() if room in there}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DOCS.glob("*.md")))
+def test_links_between_pages(name):
+    targets = re.findall(r"\]\(([\w/.-]+)\)", page(name))
+    assert [t for t in targets if not (DOCS / t).exists() and not (DOCS / f"{t}.md").exists()] == []
