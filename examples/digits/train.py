@@ -74,7 +74,9 @@ def route(router_logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return softmax(np.take_along_axis(router_logits, topk_ids, axis=1)), topk_ids
 
 
-def experts_forward(p: Tensors, normed: np.ndarray, topk_weights: np.ndarray, topk_ids: np.ndarray):
+def experts_forward(
+    p: Tensors, normed: np.ndarray, topk_weights: np.ndarray, topk_ids: np.ndarray
+) -> tuple[np.ndarray, list]:
     """Weighted sum of each row's experts, and what the way back needs, by expert."""
     routed, tape = np.zeros_like(normed), []
     for e in range(E):
@@ -90,7 +92,9 @@ def experts_forward(p: Tensors, normed: np.ndarray, topk_weights: np.ndarray, to
     return routed, tape
 
 
-def experts_backward(p: Tensors, grads: Tensors, d_routed: np.ndarray, topk_weights: np.ndarray, tape: list):
+def experts_backward(
+    p: Tensors, grads: Tensors, d_routed: np.ndarray, topk_weights: np.ndarray, tape: list
+) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of the normed rows and of the routing weights; those of the experts go into `grads`."""
     d_normed, d_weights = np.zeros_like(d_routed), np.zeros_like(topk_weights)
     for name in ("w1", "w3", "w2"):
@@ -109,7 +113,9 @@ def experts_backward(p: Tensors, grads: Tensors, d_routed: np.ndarray, topk_weig
     return d_normed, d_weights
 
 
-def router_backward(router_logits: np.ndarray, topk_weights: np.ndarray, topk_ids: np.ndarray, d_weights: np.ndarray):
+def router_backward(
+    router_logits: np.ndarray, topk_weights: np.ndarray, topk_ids: np.ndarray, d_weights: np.ndarray
+) -> np.ndarray:
     """Gradient of the router logits: of the loss through the routing weights, and of the load balance.
 
     The balance term is ``BALANCE * E * sum_e load[e] * mean_rows(probability[:, e])`` (Switch Transformer, equation 4;

@@ -227,7 +227,7 @@ class SafetensorsFolder:
         if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise fail(index, "hold a weight_map of file names", type(where).__name__)
         for name, file in where.items():
-            if Path(file).name != file or file in (".", "..") or "\\" in file or "\0" in file:
+            if not file or Path(file).name != file or file == ".." or "\\" in file or "\0" in file:
                 raise fail(index, f"place {name} in a file directly in its folder", repr(file))
         return where
 

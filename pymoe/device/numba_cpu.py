@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,18 @@ class _Locator(caching.UserProvidedCacheLocator):
         os.makedirs(self._cache_path, mode=0o700, exist_ok=True)
 
 
+@lru_cache(maxsize=1)
 def _cache_folder() -> Path | None:
-    """Return the folder of this version and processor, or None where loading from it would not be safe.
+    """Return the folder of these sources and this processor, or None where loading from it would not be safe.
 
     Numba's cache is a pickle, so whoever can write the folder can run code here: it and its parent must be ours, 0700
     and no symbolic links.
     """
+    # Numba keys an entry by its own file only, but kernels inline functions of others.
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    stamps = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sources]
     features = llvmlite.binding.get_host_cpu_features().flatten()
-    machine = f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__} {llvmlite.__version__}"
+    machine = f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__} {llvmlite.__version__} {stamps}"
     digest = hashlib.sha256(machine.encode()).hexdigest()[:16]
     base = environment.cache_dir()
     folder = base / f"numba-{__version__}-{digest}"

@@ -190,14 +190,17 @@ def test_nvfp4_global_scale(gscale, backend):
     assert back.tolist() == [F(gscale)]
     sf = np.array([definitions.e4m3_value(c) for c in block.ravel()], np.float32).reshape(block.shape)
     signed = np.array([*definitions.E2M1, *(-v for v in definitions.E2M1)], np.float32)
-    values = signed[want[0]] * np.repeat(sf / F(gscale), 16, axis=1)
-    np.testing.assert_array_equal(dequantize(codes, (block, back), "kNvfp4Dynamic"), values)
+    exact = signed[want[0]] * np.repeat(sf, 16, axis=1)
+    np.testing.assert_array_equal(dequantize(codes, (block, back), "kNvfp4Dynamic"), exact / F(gscale))
+    np.testing.assert_array_equal(dequantize(codes, (block, back), "kNvfp4Static"), exact * F(gscale))
+    np.testing.assert_array_equal(dequantize(codes, block, "kNvfp4Static"), exact)
     config = FusedMoEQuantConfig.nvfp4(
         w1_scale=block[None], w2_scale=block[None], w1_scale_2=back, w2_scale_2=back, a1_gscale=back, a2_gscale=back
     )
     a_codes, a_scale = quantize_activations(x, config)
     np.testing.assert_array_equal(a_codes, codes)
     np.testing.assert_array_equal(a_scale, sf / F(gscale))
+    values = signed[want[0]] * np.repeat(sf / F(gscale), 16, axis=1)
     np.testing.assert_array_equal(dequantize_activations(a_codes, a_scale, config), values)
     codes, (block, back) = quantize(x, "kNvfp4Static", scale=gscale)
     want = expected("kNvfp4Static", x, global_scale=F(gscale))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -254,3 +256,9 @@ def test_weights_that_do_not_belong_together():
     ):
         with pytest.raises(kind, match=text):
             quantize_experts(*bad, "fp8")
+
+
+def test_the_numerics_page_knows_every_scheme_and_key():
+    page = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text()
+    missing = [name for name in (*SCHEMES, *ALIASES, *CASTS, *QUANT_KEYS) if f"`{name}`" not in page]
+    assert not missing

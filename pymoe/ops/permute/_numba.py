@@ -20,8 +20,8 @@ _BLOCK_BYTES = 1 << 21
 def permute(topk_ids: Array, E_local: int, expert_map: Array | None) -> RowMap:
     ids = topk_ids.reshape(-1)
     if ids.dtype not in (np.int32, np.int64):
-        # An unsigned id beyond int64 stays out of range instead of wrapping.
-        ids = (np.minimum(ids, np.iinfo(np.int64).max) if ids.dtype == np.uint64 else ids).astype(np.int64)
+        # An unsigned id beyond int64 becomes negative, which has no row either.
+        ids = ids.astype(np.int64)
     expert_offsets = np.zeros(E_local + 1, np.int64)
     slot_to_row = np.empty(topk_ids.shape, np.int64)
     row_to_slot = _sort(

@@ -204,7 +204,10 @@ def quantize_activations(
         x[None], key, block, scale=given, global_scale=gscale, live=live, backend=backend
     )
     scale = arguments.public_scale(result.scale, key, True)
-    return result.codes[0], scale if gscale is None else matrices.float_scale(scale, key, gscale[0])
+    if gscale is not None:
+        with np.errstate(all="ignore"):
+            scale = matrices.float_scale(scale, key) / gscale[0]
+    return result.codes[0], scale
 
 
 def dequantize_activations(codes: Array, scale: Array, quant_config: FusedMoEQuantConfig) -> Array:

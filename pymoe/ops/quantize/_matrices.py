@@ -134,17 +134,17 @@ def dequantize_matrix(
         values = _values(codes, key)
         if zp is not None:
             values -= definition.spread(zp.astype(np.float32), values.shape, block)
-        return values * definition.spread(float_scale(scale, key, global_scale), values.shape, block)
-
-
-def float_scale(scale: Array, key: QuantKey, global_scale: Any = None) -> Array:
-    """Return scales as the GEMMs multiply with them: float32, nvfp4's global scale applied in one rounding."""
-    with np.errstate(all="ignore"):
-        if scale.dtype == np.uint8:
-            scale = decode_e4m3(scale) if key.scale.dtype == "fp8" else decode_e8m0(scale)
+        values = values * definition.spread(float_scale(scale, key), values.shape, block)
         if global_scale is None:
-            return scale
-        return scale * global_scale if key.scale.static else scale / global_scale
+            return values
+        return values * global_scale if key.scale.static else values / global_scale
+
+
+def float_scale(scale: Array, key: QuantKey) -> Array:
+    """Return scales in float32, whatever they are stored in."""
+    if scale.dtype != np.uint8:
+        return scale
+    return decode_e4m3(scale) if key.scale.dtype == "fp8" else decode_e8m0(scale)
 
 
 def _values(codes: Array, key: QuantKey) -> Array:

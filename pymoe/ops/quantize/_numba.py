@@ -109,20 +109,21 @@ def _encode(
         _load(bits[r], shift, loaded)
         b = r // block_rows
         for c in range(factor.shape[1]):
-            first, last = c * block_columns, min(K, (c + 1) * block_columns)
-            part, f = row[first:last], factor[b, c]
+            f = factor[b, c]
             if divides:
-                for k in range(part.size):
-                    part[k] = part[k] / f
+                for k in range(c * block_columns, min(K, (c + 1) * block_columns)):
+                    row[k] = row[k] / f
             else:
-                for k in range(part.size):
-                    part[k] = part[k] * f
-            if kind == 0:
-                _e4m3(part, codes[first:last])
-            elif kind == 1:
-                _e2m1(part, codes[first:last])
-            else:
-                _integers(part, kind, offset[b, c], low, high, codes[first:last])
+                for k in range(c * block_columns, min(K, (c + 1) * block_columns)):
+                    row[k] = row[k] * f
+        if kind == 0:
+            _e4m3(row, codes)
+        elif kind == 1:
+            _e2m1(row, codes)
+        else:
+            for c in range(factor.shape[1]):
+                first, last = c * block_columns, min(K, (c + 1) * block_columns)
+                _integers(row[first:last], kind, offset[b, c], low, high, codes[first:last])
         if packed:
             for k in range(out.shape[1]):
                 out[r, k] = codes[2 * k] | (codes[2 * k + 1] << 4)
