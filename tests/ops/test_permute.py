@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import itertools
+import tempfile
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,13 @@ INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uin
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def sparse():
+    """Return a maker of float32 zeros in a sparse file, of which only the pages that are touched exist."""
+    with tempfile.TemporaryFile() as file:
+        yield lambda shape: np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def local_expert(value, E_local, expert_map):
@@ -187,10 +195,9 @@ def test_B21_counts_equal_a_bincount():
     assert np.array_equal(count_expert_num_tokens(ids, 40), np.bincount(ids.reshape(-1), minlength=40))
 
 
-def test_D3_rows_beyond_2_to_the_31_elements(tmp_path, backend):
-    """A sparse file stands for the tokens: only the pages that are read exist."""
+def test_D3_rows_beyond_2_to_the_31_elements(sparse, backend):
     M = 2**31 // 4096 + 3
-    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(M, 4096))
+    x = sparse((M, 4096))
     x[-1], x[-2] = 7, 5
     ids = np.full((M, 1), -1, np.int8)
     ids[-2:] = [[1], [0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import tempfile
 import warnings
 
 import ml_dtypes
@@ -23,6 +24,13 @@ U = 2.0**-24  # unit roundoff of float32
 @pytest.fixture(params=("numpy", "numba"))
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def sparse():
+    """Return a maker of float32 zeros in a sparse file, of which only the pages that are touched exist."""
+    with tempfile.TemporaryFile() as file:
+        yield lambda shape: np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def problem(M, topk, K, E, seed):
@@ -203,10 +211,9 @@ def test_bits_do_not_depend_on_threads(threads, monkeypatch, backend):
     assert np.array_equal(bits(y), bits(expected))
 
 
-def test_D4_rows_beyond_2_to_the_31_elements(tmp_path, backend):
-    """A sparse file stands for the rows: only the pages that are read exist."""
+def test_D4_rows_beyond_2_to_the_31_elements(sparse, backend):
     P, K = 2**31 // 4096 + 3, 4096
-    rows = np.memmap(tmp_path / "rows", np.float32, "w+", shape=(P, K))
+    rows = sparse((P, K))
     rows[-1], rows[-3], rows[0] = 1.5, 0.25, 4.0
     slot_to_row = np.array([[P - 1, P - 3], [-1, 0]])
     row_map = RowMap(np.array([0, P]), np.empty(0, np.int64), slot_to_row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import tempfile
 import warnings
 
 import ml_dtypes
@@ -20,6 +21,13 @@ DTYPES = ("float32", "float16", BF16)
 @pytest.fixture(params=("numpy", "numba"))
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def sparse():
+    """Return a maker of float32 zeros in a sparse file, of which only the pages that are touched exist."""
+    with tempfile.TemporaryFile() as file:
+        yield lambda shape: np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def problem(M, topk, K, seed):
@@ -106,10 +114,9 @@ def test_bits_do_not_depend_on_threads(threads, monkeypatch, backend):
     assert np.array_equal(bits(weight_reduce(slots, weights, ids, backend=backend)), bits(expected))
 
 
-def test_D4_slots_beyond_2_to_the_31_elements(tmp_path, backend):
-    """A sparse file stands for the slots: only the pages that are read exist."""
+def test_D4_slots_beyond_2_to_the_31_elements(sparse, backend):
     topk, K = 2**31 // 4096 // 64, 4096
-    slots = np.memmap(tmp_path / "slots", np.float32, "w+", shape=(66, topk, K))
+    slots = sparse((66, topk, K))
     slots[-1, -1], slots[0, 0] = 1.5, 4.0
     ids = np.full((66, topk), -1, np.int8)
     ids[-1, -1] = ids[0, 0] = 3

@@ -29,7 +29,10 @@ def extremes(x: Array, block: tuple[int, int], poison: bool) -> tuple[Array, Arr
     low, high = np.zeros((2, -(-R // block[0]), -(-K // block[1])), np.float32)
     bits, shift = _bits(x)
     grain = max(1, _GRAIN // max(1, block[0] * K))
-    run_blocks(_extremes, len(low), bits, shift, block[0], block[1], poison, low, high, grain=grain)
+    run_blocks(
+        _extremes, len(low), bits, shift, block[0], block[1], poison, low.view(np.int32), high.view(np.int32),
+        grain=grain,
+    )  # fmt: skip
     return low, high
 
 
@@ -53,42 +56,45 @@ def _bits(x: Array) -> tuple[Array, int]:
 
 
 @jit
-def _load(bits, shift, row):
+def _load(bits, r, shift, row):
     for k in range(row.size):
-        row[k] = np.uint32(bits[k]) << np.uint32(shift)
+        row[k] = np.uint32(bits[r, k]) << np.uint32(shift)
 
 
 @jit
 def _extremes(start, stop, bits, shift, block_rows, block_columns, poison, low, high):
+    """Write the bits of both extremes; `low` and `high` come as int32, filled with 0."""
     R, K = bits.shape
     row = np.empty(K, np.uint32)
     signed = row.view(np.int32)
     columns = low.shape[1]
-    least, most, largest = np.empty((3, columns), np.int32)
+    largest = np.empty(columns, np.int32)
     for b in range(start, stop):
-        least[:], most[:], largest[:] = 0, 0, 0
+        for c in range(columns):
+            largest[c] = 0
         for r in range(b * block_rows, min(R, (b + 1) * block_rows)):
-            _load(bits[r], shift, row)
+            _load(bits, r, shift, row)
             for c in range(columns):
-                part = signed[c * block_columns : min(K, (c + 1) * block_columns)]
-                lo, hi, size = _range(part)
-                least[c], most[c], largest[c] = max(least[c], lo), max(most[c], hi), max(largest[c], size)
+                lo, hi, size = _range(signed, c * block_columns, min(K, (c + 1) * block_columns))
+                low[b, c] = max(low[b, c], lo)
+                high[b, c] = max(high[b, c], hi)
+                largest[c] = max(largest[c], size)
         for c in range(columns):
             if poison and largest[c] > _INFINITY:
-                least[c], most[c] = _NAN, _NAN
+                low[b, c] = _NAN
+                high[b, c] = _NAN
             else:
-                least[c], most[c] = min(least[c], _LARGEST), min(most[c], _LARGEST)
-        low[b] = -least.view(np.float32)
-        high[b] = most.view(np.float32)
+                low[b, c] = min(low[b, c], _LARGEST) | _SIGN
+                high[b, c] = min(high[b, c], _LARGEST)
 
 
 @jit
-def _range(part):
+def _range(bits, first, last):
     """Return the bits of the largest magnitude below 0, above 0, and of all, the first two without NaN."""
     lo, hi, size = np.int32(0), np.int32(0), np.int32(0)
-    for k in range(part.size):
-        magnitude = np.int32(part[k] & _MAGNITUDE)
-        value = np.int32(part[k] if magnitude <= _INFINITY else 0)
+    for k in range(first, last):
+        magnitude = np.int32(bits[k] & _MAGNITUDE)
+        value = np.int32(bits[k] if magnitude <= _INFINITY else 0)
         # Among floats of one sign the bits grow with the magnitude; those of the other sign are below 0.
         hi = max(hi, value)
         lo = max(lo, np.int32(value ^ _SIGN))
@@ -106,7 +112,7 @@ def _encode(
     codes = np.empty(K, np.uint8)
     packed = out.shape[1] != K
     for r in range(start, stop):
-        _load(bits[r], shift, loaded)
+        _load(bits, r, shift, loaded)
         b = r // block_rows
         for c in range(factor.shape[1]):
             f = factor[b, c]
@@ -123,12 +129,13 @@ def _encode(
         else:
             for c in range(factor.shape[1]):
                 first, last = c * block_columns, min(K, (c + 1) * block_columns)
-                _integers(row[first:last], kind, offset[b, c], low, high, codes[first:last])
+                _integers(row, first, last, kind, offset[b, c], low, high, codes)
         if packed:
             for k in range(out.shape[1]):
                 out[r, k] = codes[2 * k] | (codes[2 * k + 1] << 4)
         else:
-            out[r] = codes
+            for k in range(K):
+                out[r, k] = codes[k]
 
 
 @jit
@@ -158,9 +165,9 @@ def _e2m1(values, codes):
 
 
 @jit
-def _integers(values, kind, offset, low, high, codes):
+def _integers(values, first, last, kind, offset, low, high, codes):
     least, most = np.float32(low - offset), np.float32(high - offset)
-    for k in range(values.size):
+    for k in range(first, last):
         y = values[k]
         y = np.float32(0) if y != y else y
         y = least if y < least else (most if y > most else y)
