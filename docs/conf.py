@@ -24,7 +24,9 @@ extensions = [
     "numpydoc",
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
-exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "_templates"]
+default_role = "py:obj"  # single backticks in docstrings are names
 html_theme = "alabaster"
 html_theme_options = {"page_width": "1080px", "description": pymoe.__doc__.rstrip(".")}
 
@@ -35,13 +37,16 @@ autosummary_generate = True
 autodoc_typehints = "none"  # docstrings say more: shapes and dtypes
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
-# As `doctest` does it, the examples of a stage see the stage's own name.
-doctest_global_setup = """
+# The examples of a stage see the names of its module, as they do for Python's own `doctest`.
+doctest_global_setup = f"""
+import importlib, os, pkgutil
+os.chdir({str(ROOT)!r})
 import numpy as np
 import pymoe
-from pymoe.ops import activation, grouped_gemm, moe_align_block_size, permute, route, unpermute, weight_reduce
+for stage in pkgutil.iter_modules(pymoe.ops.__path__, "pymoe.ops."):
+    module = importlib.import_module(stage.name)
+    globals().update({{name: getattr(module, name) for name in module.__all__}})
 """
-
 
 # Known to the parser, so that it does not warn; rendered by the function below.
 NumpyDocString.sections["Source"] = []

@@ -34,6 +34,12 @@ def test_examples_in_docstrings(module):
     assert result.failed == 0
 
 
+def test_readme_example(capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "CpuExperts" in capsys.readouterr().out
+
+
 def test_reference_lists_every_public_name():
     listed = set(re.findall(r"^   (\w+)$", page("reference"), flags=re.MULTILINE))
     expected = set(pymoe.__all__) - set(pymoe.QUANT_KEYS) - {"QUANT_KEYS", "__version__", "ops"}
@@ -62,7 +68,14 @@ def test_architecture_page_has_every_floor():
     assert shown == {room: floor for room, floor in architecture.FLOORS.items() if room in there}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in DOCS.glob("*.md")))
-def test_links_between_pages(name):
-    targets = re.findall(r"\]\(([\w/.-]+)\)", page(name))
-    assert [t for t in targets if not (DOCS / t).exists() and not (DOCS / f"{t}.md").exists()] == []
+def test_names_in_pages_exist():
+    named = {name for path in DOCS.glob("*.md") for name in re.findall(r"`~pymoe\.(\w+)`", path.read_text("utf-8"))}
+    assert named
+    assert [name for name in named if not hasattr(pymoe, name)] == []
+
+
+@pytest.mark.parametrize("path", ["README.md", *sorted(f"docs/{path.name}" for path in DOCS.glob("*.md"))])
+def test_links(path):
+    targets = re.findall(r"\]\(([\w/.-]+)(?:#[\w-]+)?\)", (ROOT / path).read_text(encoding="utf-8"))
+    folder = (ROOT / path).parent
+    assert [t for t in targets if not (folder / t).exists() and not (folder / f"{t}.md").exists()] == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,7 @@ from pymoe import checks
 from pymoe.checkpoint import mixtral
 from pymoe.checkpoint.safetensors import SafetensorsFile, SafetensorsFolder, fail, read_json
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
-from pymoe.errors import ArgumentError, UnsupportedError, complaint
+from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 
 __all__ = ["LayerSummary", "LayerWeights", "SafetensorsFile", "SafetensorsFolder", "list_layers", "load_layer"]
 
@@ -45,31 +47,55 @@ def load_layer(folder: str | os.PathLike[str], layer: int, *, experts: Any = Non
         `layer`, `experts` or `dtype` are not of that kind.
     """
     layer = checks.integer("load_layer", "layer", layer, 0)
-    if experts is not None:
-        experts = [checks.integer("load_layer", "experts", expert, 0) for expert in experts]
-    if dtype is not None and np.dtype(dtype).name not in ("float32", "float16", "bfloat16"):
-        raise ArgumentError(complaint("load_layer", "dtype", "be float32, float16 or bfloat16", np.dtype(dtype)))
-    tensors, config, family = _open(folder)
+    experts = None if experts is None else _experts(experts)
+    dtype = None if dtype is None else _dtype(dtype)
+    tensors, config, family = _open("load_layer", folder)
     return family.load(tensors, config, layer, experts, dtype)
 
 
 def list_layers(folder: str | os.PathLike[str]) -> list[LayerSummary]:
-    """Return a summary of every MoE layer of the checkpoint, without reading weights."""
-    tensors, config, family = _open(folder)
+    """Return a summary of every MoE layer of the checkpoint, in order, without reading weights.
+
+    Raises what `load_layer` raises.
+    """
+    tensors, config, family = _open("list_layers", folder)
     return family.layers(tensors, config)
 
 
-def _open(folder: str | os.PathLike[str]) -> tuple[SafetensorsFolder, dict[str, Any], ModuleType]:
+def _experts(experts: Any) -> list[int]:
+    """Return the asked ids; whether the checkpoint has them is the family's to say."""
+    if isinstance(experts, str | bytes) or not isinstance(experts, Iterable):
+        raise DTypeError(complaint("load_layer", "experts", "be a sequence of integers or None", repr(experts)))
+    ids = [checks.integer("load_layer", "experts", expert, 0) for expert in experts]
+    if len(set(ids)) != len(ids):
+        raise ArgumentError(complaint("load_layer", "experts", "name each expert once", reprlib.repr(ids)))
+    return ids
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    """Return one of the dtypes that a layer computes in."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise DTypeError(complaint("load_layer", "dtype", "be a dtype", repr(dtype))) from None
+    if found.name not in ("float32", "float16", "bfloat16"):
+        raise DTypeError(complaint("load_layer", "dtype", "be float32, float16 or bfloat16", found))
+    return found
+
+
+def _open(call: str, folder: Any) -> tuple[SafetensorsFolder, dict[str, Any], ModuleType]:
     """Return the tensors, config.json and the family's reader."""
+    if not isinstance(folder, str | os.PathLike):
+        raise DTypeError(complaint(call, "folder", "be a path", type(folder).__name__))
     path = Path(folder)
     if not path.is_dir():
         raise fail(path, "be a folder", "no such folder")
-    config = read_json(path / "config.json")
+    config = read_json(path, "config.json")
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         rule = f"have a model_type among {', '.join(FAMILIES)}"
-        raise UnsupportedError(complaint("checkpoint", str(path / "config.json"), rule, repr(kind)[:80]))
+        raise UnsupportedError(complaint("checkpoint", str(path / "config.json"), rule, reprlib.repr(kind)))
     if config.get("quantization_config") is not None:
         rule = "have no quantization_config"
         raise UnsupportedError(complaint("checkpoint", str(path / "config.json"), rule, "one"))

@@ -7,93 +7,100 @@ Source: transformers ``MixtralSparseMoeBlock``.
 from __future__ import annotations
 
 import re
+import reprlib
+from collections.abc import Iterable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from pymoe.activations import ActivationConfig
 from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
 from pymoe.config import RoutingConfig
-from pymoe.errors import CheckpointError, PymoeError
+from pymoe.errors import ArgumentError, complaint
 
-Array = Any
-
-_GATE = re.compile(r"^model\.layers\.(\d{1,6})\.block_sparse_moe\.gate\.weight$")
+_GATE = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.block_sparse_moe\.gate\.weight")
 _FLOATS = ("float32", "float16", "bfloat16")
-_COMPUTE = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 def layers(tensors: SafetensorsFolder, config: dict[str, Any]) -> list[LayerSummary]:
     """Return a summary of every MoE layer, in order."""
-    numbers = sorted(int(match[1]) for name in tensors if (match := _GATE.match(name)))
-    return [_summary(tensors, config, layer) for layer in numbers]
+    return [_summary(tensors, config, layer) for layer in _numbers(tensors)]
+
+
+def load(
+    tensors: SafetensorsFolder, config: dict[str, Any], layer: int, experts: list[int] | None, dtype: np.dtype | None
+) -> LayerWeights:
+    """Return layer number `layer` with the asked experts; only their bytes are read."""
+    E, topk = _sizes(tensors, config)
+    if _name(layer, "gate") not in tensors:
+        raise fail(tensors.folder, f"hold an MoE layer {layer}", f"layers {reprlib.repr(_numbers(tensors))}")
+    chosen = list(range(E)) if experts is None else experts
+    if any(e >= E for e in chosen):
+        raise ArgumentError(complaint("load_layer", "experts", f"be ids in 0..{E - 1}", reprlib.repr(chosen)))
+    activation = _activation(tensors, config)
+    # All headers are checked before memory is taken, so that a lying config.json costs none.
+    width, K, own = _geometry(tensors, layer, E, chosen)
+    target = own if dtype is None else dtype
+    w1 = np.empty((len(chosen), 2 * width, K), target)
+    w2 = np.empty((len(chosen), K, width), target)
+    for local, e in enumerate(chosen):
+        w1[local, :width] = tensors[_name(layer, "w1", e)]
+        w1[local, width:] = tensors[_name(layer, "w3", e)]
+        w2[local] = tensors[_name(layer, "w2", e)]
+    gate = tensors[_name(layer, "gate")].copy()
+    routing = RoutingConfig(topk, routing_method="Renormalize")
+    return LayerWeights(w1, w2, gate, E, topk, tuple(chosen), routing, activation, target.name)
+
+
+def _numbers(tensors: SafetensorsFolder) -> list[int]:
+    """Return the numbers of the MoE layers, rising."""
+    return sorted(int(match[1]) for name in tensors if (match := _GATE.fullmatch(name)))
 
 
 def _summary(tensors: SafetensorsFolder, config: dict[str, Any], layer: int) -> LayerSummary:
     E, topk = _sizes(tensors, config)
-    names = [_name(layer, e, part) for e in range(E) for part in ("w1", "w3", "w2")]
-    width, K = tensors.shape(names[0])
-    nbytes = sum(tensors.nbytes(name) for name in names)
-    return LayerSummary(layer, E, topk, K, width, tensors.dtype(names[0]).name, nbytes)
+    width, K, dtype = _geometry(tensors, layer, E, range(E))
+    return LayerSummary(layer, E, topk, K, width, dtype.name, 3 * E * K * width * dtype.itemsize)
 
 
-def load(
-    tensors: SafetensorsFolder, config: dict[str, Any], layer: int, experts: list[int] | None, dtype: Any
-) -> LayerWeights:
-    """Return layer number `layer` with the asked experts; only their bytes are read."""
-    E, topk = _sizes(tensors, config)
-    gate_name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
-    if gate_name not in tensors:
-        found = [summary.layer for summary in layers(tensors, config)]
-        raise fail(tensors.folder, f"hold an MoE layer {layer}", f"layers {found}")
-    chosen = list(range(E)) if experts is None else experts
-    if len(set(chosen)) != len(chosen) or any(not 0 <= e < E for e in chosen):
-        raise fail(tensors.folder, f"be asked for different experts in 0..{E - 1}", chosen)
-    gate = tensors[gate_name]
-    _expect(tensors, gate_name, gate.shape, (E, None))
-    K = gate.shape[1]
-    first = _name(layer, chosen[0] if chosen else 0, "w1")
-    width, own = tensors.shape(first)[0], tensors.dtype(first)
-    if own.name not in _FLOATS:
-        raise fail(tensors.folder, f"hold {first} in one of {', '.join(_FLOATS)}", own)
-    target = own if dtype is None else _COMPUTE[np.dtype(dtype).name]
-    w1 = np.empty((len(chosen), 2 * width, K), target)
-    w2 = np.empty((len(chosen), K, width), target)
-    for local, e in enumerate(chosen):
-        w1[local, :width] = _part(tensors, layer, e, "w1", (width, K), own)
-        w1[local, width:] = _part(tensors, layer, e, "w3", (width, K), own)
-        w2[local] = _part(tensors, layer, e, "w2", (K, width), own)
-    return LayerWeights(
-        w1,
-        w2,
-        gate,
-        E,
-        topk,
-        tuple(chosen),
-        RoutingConfig(topk, routing_method="Renormalize"),
-        _activation(tensors, config),
-        target.name,
-    )
+def _name(layer: int, part: str, expert: int | None = None) -> str:
+    prefix = f"model.layers.{layer}.block_sparse_moe"
+    return f"{prefix}.{part}.weight" if expert is None else f"{prefix}.experts.{expert}.{part}.weight"
 
 
-def _name(layer: int, expert: int, part: str) -> str:
-    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
+def _geometry(tensors: SafetensorsFolder, layer: int, E: int, experts: Iterable[int]) -> tuple[int, int, np.dtype]:
+    """Return (I, K, dtype) of the experts after checking gate, expert 0 and every one of `experts` from headers."""
+    _, K = _expect(tensors, _name(layer, "gate"), (E, None), _FLOATS)
+    first = _name(layer, "w1", 0)
+    width, _ = _expect(tensors, first, (None, K), _FLOATS)
+    own = tensors.dtype(first)
+    for e in experts:
+        for part, shape in (("w1", (width, K)), ("w3", (width, K)), ("w2", (K, width))):
+            _expect(tensors, _name(layer, part, e), shape, (own.name,))
+    return width, K, own
 
 
-def _part(tensors: SafetensorsFolder, layer: int, expert: int, part: str, shape: tuple, dtype: np.dtype) -> Array:
-    name = _name(layer, expert, part)
-    array = tensors[name]
-    _expect(tensors, name, array.shape, shape)
-    if array.dtype != dtype:
-        raise fail(tensors.folder, f"hold {name} in {dtype} like the other experts", array.dtype)
-    return array
-
-
-def _expect(tensors: SafetensorsFolder, name: str, shape: tuple, expected: tuple) -> None:
-    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
-        raise fail(tensors.folder, f"hold {name} in shape {expected}".replace("None", "any"), shape)
+def _expect(
+    tensors: SafetensorsFolder, name: str, expected: tuple[int | None, ...], dtypes: tuple[str, ...]
+) -> tuple[int, ...]:
+    """Return the shape of a tensor, or refuse it; None stands for any length above 0."""
+    shape, dtype = tensors.shape(name), tensors.dtype(name)
+    if len(shape) != len(expected) or any(
+        s != e if e is not None else s == 0 for s, e in zip(shape, expected, strict=True)
+    ):
+        words = ", ".join("any" if e is None else str(e) for e in expected)
+        raise fail(tensors.folder, f"hold {name} in shape ({words})", shape)
+    if dtype.name not in dtypes:
+        raise fail(tensors.folder, f"hold {name} in {' or '.join(dtypes)}", dtype)
+    return shape
 
 
 def _sizes(tensors: SafetensorsFolder, config: dict[str, Any]) -> tuple[int, int]:
@@ -102,7 +109,7 @@ def _sizes(tensors: SafetensorsFolder, config: dict[str, Any]) -> tuple[int, int
     for field in ("num_local_experts", "num_experts_per_tok"):
         value = config.get(field)
         if type(value) is not int or not 1 <= value <= 65536:
-            raise fail(tensors.folder / "config.json", f"give {field} a whole number above 0", repr(value)[:80])
+            raise fail(tensors.folder / "config.json", f"give {field} as an integer in 1..65536", reprlib.repr(value))
         sizes.append(value)
     if sizes[1] > sizes[0]:
         rule = f"give num_experts_per_tok at most the {sizes[0]} experts"
@@ -112,7 +119,7 @@ def _sizes(tensors: SafetensorsFolder, config: dict[str, Any]) -> tuple[int, int
 
 def _activation(tensors: SafetensorsFolder, config: dict[str, Any]) -> ActivationConfig:
     name = config.get("hidden_act", "silu")
-    try:
-        return ActivationConfig(name)
-    except PymoeError as error:
-        raise CheckpointError(f"checkpoint: {tensors.folder / 'config.json'}: hidden_act: {error}") from None
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        rule = f"give hidden_act one of {', '.join(_ACTIVATIONS)}"
+        raise fail(tensors.folder / "config.json", rule, reprlib.repr(name))
+    return ActivationConfig(_ACTIVATIONS[name])

@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
+import re
+import reprlib
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -25,8 +29,11 @@ Array = Any
 
 MAX_HEADER_BYTES = 100_000_000
 """Cap of the format's own reference implementation."""
-MAX_INDEX_BYTES = 100_000_000
+MAX_JSON_BYTES = 100_000_000
+MAX_TENSOR_BYTES = 2**62
+"""Also of the lengths above 0 of a shape with a 0 in it, so that every shape is one that NumPy can hold."""
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,199}")
 _DTYPES = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
@@ -60,6 +67,11 @@ def fail(file: Path, rule: str, value: object, remedy: str = "") -> CheckpointEr
     return CheckpointError(complaint("checkpoint", str(file), rule, value, remedy))
 
 
+def shown(name: str) -> str:
+    """Return a name out of a file as text for a message: short, and without control characters."""
+    return name if name.isprintable() and 0 < len(name) <= 100 else reprlib.repr(name.encode("ascii", "replace"))
+
+
 class SafetensorsFile:
     """One file: names, shapes and dtypes at once, the numbers when they are asked for.
 
@@ -79,17 +91,13 @@ class SafetensorsFile:
         if self.path.suffix != ".safetensors":
             remedy = "Convert it first; pymoe unpickles nothing"
             raise fail(self.path, "be a .safetensors file", self.path.suffix or "no suffix", remedy)
-        try:
-            with open(self.path, "rb") as stream:
-                size = stream.seek(0, 2)
-                stream.seek(0)
-                header, self._data_start = self._read_header(stream, size)
-        except OSError as error:
-            raise fail(self.path, "be a readable file", error.strerror or error) from None
-        self._entries = self._check(header, size - self._data_start)
+        with _open(self.path) as stream:
+            self._stamp = _stamp(stream)
+            header, self._data_start = self._read_header(stream, self._stamp.size)
+        self._entries = self._check(header, self._stamp.size - self._data_start)
         self._map: mmap.mmap | None = None
 
-    def _read_header(self, stream: Any, size: int) -> tuple[dict[str, Any], int]:
+    def _read_header(self, stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         if size < 8:
             raise fail(self.path, "hold the 8 bytes of the header's length", f"{size} bytes")
         length = int.from_bytes(stream.read(8), "little")
@@ -99,28 +107,17 @@ class SafetensorsFile:
         text = stream.read(length)
         if not text.startswith(b"{"):
             raise fail(self.path, "have a header that starts with '{'", repr(text[:1]))
-        try:
-            header = json.loads(text.decode("utf-8"), object_pairs_hook=self._no_duplicates, parse_constant=_refuse)
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise fail(self.path, "have a header of JSON in UTF-8", error) from None
-        return header, 8 + length
-
-    def _no_duplicates(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise fail(self.path, "name every key once", repr(twice))
-        return dict(pairs)
+        return _parse(self.path, "have a header", text), 8 + length
 
     def _check(self, header: dict[str, Any], data_bytes: int) -> dict[str, _Entry]:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise fail(self.path, "have string metadata", repr(metadata)[:80])
+            raise fail(self.path, "have string metadata", reprlib.repr(metadata))
         entries = {name: self._entry(name, fields, data_bytes) for name, fields in header.items()}
         at = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != at:
-                rule = f"store tensors without holes or overlaps: {name} must start at {at}"
+                rule = f"store tensors without holes or overlaps: {shown(name)} must start at {at}"
                 raise fail(self.path, rule, entry.start)
             at = entry.stop
         if at != data_bytes:
@@ -128,21 +125,22 @@ class SafetensorsFile:
         return entries
 
     def _entry(self, name: str, fields: Any, data_bytes: int) -> _Entry:
+        label = shown(name)
         if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-            rule = f"give {name} a dtype, a shape and data_offsets, no more"
-            raise fail(self.path, rule, repr(fields)[:80])
-        dtype = _DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+            raise fail(self.path, f"give {label} a dtype, a shape and data_offsets, no more", reprlib.repr(fields))
+        code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        dtype = _DTYPES.get(code) if isinstance(code, str) else None
         if dtype is None:
-            raise fail(self.path, f"give {name} a dtype among {', '.join(_DTYPES)}", repr(fields["dtype"])[:80])
-        shape, offsets = fields["shape"], fields["data_offsets"]
-        if not _naturals(shape) or len(shape) > 8:
-            raise fail(self.path, f"give {name} a shape of at most 8 whole numbers", repr(shape)[:80])
+            raise fail(self.path, f"give {label} a dtype among {', '.join(_DTYPES)}", reprlib.repr(code))
+        if not _naturals(shape) or len(shape) > 8 or math.prod(filter(None, shape)) > MAX_TENSOR_BYTES // 8:
+            rule = f"give {label} a shape of at most 8 whole numbers, together below 2**59"
+            raise fail(self.path, rule, reprlib.repr(shape))
         if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
-            rule = f"give {name} two rising offsets within the {data_bytes} bytes of data"
-            raise fail(self.path, rule, repr(offsets)[:80])
+            rule = f"give {label} two rising offsets within the {data_bytes} bytes of data"
+            raise fail(self.path, rule, reprlib.repr(offsets))
         needed = math.prod(shape) * dtype.itemsize
         if offsets[1] - offsets[0] != needed:
-            rule = f"give {name} the {needed} bytes of its shape and dtype"
+            rule = f"give {label} the {needed} bytes of its shape and dtype"
             raise fail(self.path, rule, offsets[1] - offsets[0])
         return _Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
@@ -166,30 +164,32 @@ class SafetensorsFile:
         return entry.stop - entry.start
 
     def __getitem__(self, name: str) -> Array:
-        """Return a tensor as a read-only view of the mapped file; its pages are read when they are used."""
+        """Return a tensor as a read-only view of the mapped file; its pages are read when they are used.
+
+        A tensor that starts off its dtype's alignment comes as a read-only copy.
+        """
         entry = self._entries.get(name)
         if entry is None:
-            raise fail(self.path, f"hold the tensor {name}", "no such tensor")
-        if entry.start == entry.stop:
-            empty = np.empty(entry.shape, entry.dtype)
-            empty.flags.writeable = False
-            return empty
+            raise fail(self.path, f"hold the tensor {shown(name)}", "no such tensor")
+        start, count = self._data_start + entry.start, entry.stop - entry.start
+        raw = np.frombuffer(self._mapped(), np.uint8, count, start) if count else np.empty(0, np.uint8)
+        raw = raw.copy() if start % entry.dtype.itemsize else raw
+        array = raw.view(entry.dtype).reshape(entry.shape)
+        array.flags.writeable = False
+        return array
+
+    def _mapped(self) -> mmap.mmap:
+        """Return the mapped file, or refuse one that is no longer the one whose header was checked."""
         if self._map is None:
-            try:
-                with open(self.path, "rb") as stream:
-                    self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise fail(self.path, "stay a readable file", error) from None
-        if len(self._map) < self._data_start + entry.stop:
-            raise fail(self.path, "keep its length while it is read", f"{len(self._map)} bytes")
-        count = math.prod(entry.shape)
-        start = self._data_start + entry.start
-        if start % entry.dtype.itemsize:
-            raw = np.frombuffer(self._map, np.uint8, count * entry.dtype.itemsize, start)
-            aligned = raw.copy().view(entry.dtype).reshape(entry.shape)
-            aligned.flags.writeable = False
-            return aligned
-        return np.frombuffer(self._map, entry.dtype, count, start).reshape(entry.shape)
+            with _open(self.path) as stream:
+                now = _stamp(stream)
+                if now != self._stamp:
+                    raise fail(self.path, "stay unchanged while it is read", f"{now.size} bytes written since")
+                try:
+                    self._map = mmap.mmap(stream.fileno(), self._stamp.size, access=mmap.ACCESS_READ)
+                except (OSError, ValueError) as error:
+                    raise fail(self.path, "be a file that can be mapped", error) from None
+        return self._map
 
 
 class SafetensorsFolder:
@@ -211,32 +211,29 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files: dict[str, SafetensorsFile] = {}
-        index = self.folder / self.INDEX
-        if index.is_file():
-            self._where = self._read_index(index)
-        elif (self.folder / self.SINGLE).is_file():
+        if (self.folder / self.INDEX).exists():
+            self._where = self._read_index()
+        elif (self.folder / self.SINGLE).exists():
             self._where = {name: self.SINGLE for name in self._file(self.SINGLE)}
         else:
             rule = f"hold {self.SINGLE} or {self.INDEX}"
             found = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else "no folder"
-            raise fail(self.folder, rule, str(found)[:200], "Files of pickles (.bin, .pt) are never read")
+            raise fail(self.folder, rule, shown(str(found)), "Files of pickles (.bin, .pt) are never read")
 
-    def _read_index(self, index: Path) -> dict[str, str]:
-        parsed = read_json(index)
-        where = parsed.get("weight_map")
+    def _read_index(self) -> dict[str, str]:
+        index = self.folder / self.INDEX
+        where = read_json(self.folder, self.INDEX).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise fail(index, "hold a weight_map of file names", type(where).__name__)
         for name, file in where.items():
-            if not file or Path(file).name != file or file == ".." or "\\" in file or "\0" in file:
-                raise fail(index, f"place {name} in a file directly in its folder", repr(file))
+            if not _FILE_NAME.fullmatch(file):
+                rule = f"place {shown(name)} in a file directly in its folder, under a plain ASCII name"
+                raise fail(index, rule, reprlib.repr(file))
         return where
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
-            path = self.folder / name
-            if path.is_symlink() and not _stays_inside(path, self.folder):
-                raise fail(path, "lie in its folder", f"a link to {path.resolve()}")
-            self._files[name] = SafetensorsFile(path)
+            self._files[name] = SafetensorsFile(_inside(self.folder, name))
         return self._files[name]
 
     def __contains__(self, name: str) -> bool:
@@ -247,10 +244,10 @@ class SafetensorsFolder:
 
     def _owner(self, name: str) -> SafetensorsFile:
         if name not in self._where:
-            raise fail(self.folder, f"hold the tensor {name}", "no such tensor")
+            raise fail(self.folder, f"hold the tensor {shown(name)}", "no such tensor")
         file = self._file(self._where[name])
         if name not in file:
-            raise fail(file.path, f"hold the tensor {name} that the index places there", "no such tensor")
+            raise fail(file.path, f"hold the tensor {shown(name)} that the index places there", "no such tensor")
         return file
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -270,33 +267,76 @@ class SafetensorsFolder:
         return self._owner(name)[name]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of reasonable size."""
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return the object in a JSON file of a checkpoint folder."""
+    path = _inside(folder, name)
+    with _open(path) as stream:
+        text = stream.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise fail(path, f"have at most {MAX_JSON_BYTES} bytes", "more")
+    return _parse(path, "be a file", text)
+
+
+def _parse(path: Path, rule: str, text: bytes) -> dict[str, Any]:
+    """Return the JSON object in `text`; a key that stands twice is refused, wherever it is."""
     try:
-        size = path.stat().st_size
-        if size > MAX_INDEX_BYTES:
-            raise fail(path, f"have at most {MAX_INDEX_BYTES} bytes", size)
-        parsed = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except OSError as error:
-        raise fail(path, "be a readable file", error.strerror or error) from None
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise fail(path, "be JSON in UTF-8", error) from None
+        raise fail(path, f"{rule} of JSON in UTF-8", error) from None
     if not isinstance(parsed, dict):
-        raise fail(path, "hold a JSON object", type(parsed).__name__)
+        raise fail(path, f"{rule} with a JSON object", type(parsed).__name__)
     return parsed
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON number")
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in seen:
+            raise ValueError(f"the key {shown(name)} twice")
+        seen[name] = value
+    return seen
 
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _stays_inside(path: Path, folder: Path) -> bool:
-    """Whether a link ends in the folder, or in the blob store that download caches keep beside their snapshots."""
-    target = path.resolve()
-    snapshots = folder.resolve().parent
-    blobs = snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
-    return target.parent == folder.resolve() or target.parent == blobs
+@dataclass(frozen=True)
+class _Stamp:
+    """What tells a file from another one that took its place."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+
+
+def _stamp(stream: BinaryIO) -> _Stamp:
+    status = os.fstat(stream.fileno())
+    return _Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file; a pipe in its place would block for ever, a device feed without end."""
+    try:
+        stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except (OSError, ValueError) as error:
+        raise fail(path, "be a readable file", getattr(error, "strerror", None) or error) from None
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise fail(path, "be a regular file", "a pipe or a device")
+    return stream
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the path of a file in the folder, or refuse a link that leaves it.
+
+    Links into the blob store that download caches keep beside their snapshots are followed.
+    """
+    path, home = folder / name, folder.resolve()
+    if path.is_symlink():
+        target = path.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+        if target.parent not in (home, blobs):
+            raise fail(path, "lie in its folder", f"a link to {target}")
+    return path

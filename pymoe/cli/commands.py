@@ -17,8 +17,12 @@ from pymoe.cli.progress import Progress
 from pymoe.errors import ArgumentError, BackendUnavailableError, UnsupportedError, complaint
 from pymoe.layer import MoELayer
 
-TOKENS_A_STEP = 4096
-"""Tokens between two steps of the progress bar."""
+WORK_A_STEP = 2e11
+"""Floating-point operations between two steps of the progress bar: seconds at most."""
+
+
+EXTRAS = {"cupy": "cu13", "mpi4py": "mpi", "matplotlib": "plot"}
+"""The extra that installs each optional library."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -33,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     loaded = time.perf_counter()
     M = x.shape[0]
     # One scale over all tokens needs them all in one call; otherwise the bits do not depend on how they are cut.
-    step = max(M, 1) if layer.quant_config.is_dynamic_per_tensor else TOKENS_A_STEP
+    step = max(M, 1) if layer.quant_config.is_dynamic_per_tensor else _tokens_a_step(layer)
     print(f"layer      {layer}")
     report.print_plan(layer.plan(min(M, step)), M, layer.dtype)
     layer.warm_up(min(M, 1))
@@ -44,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         for start in range(0, M, step):
             tokens = np.ascontiguousarray(x[start : start + step]).astype(layer.dtype)
             y[start : start + step] = layer(tokens).astype(np.float32)
-            load += layer.last_load
+            load += 0 if layer.last_load is None else layer.last_load
             progress.advance(len(tokens))
     computed = time.perf_counter()
     files.write_npy(output, y)
@@ -70,16 +74,23 @@ def info(options: argparse.Namespace) -> None:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """Show what pymoe found on this machine."""
+    """Show what pymoe found on this machine, and why what is optional cannot be used."""
     installation.show_config()
-    missing = [name for name, state in installation.installation().items() if state == "not installed"]
-    if missing:
-        print(f"not installed: {', '.join(missing)} (optional; see the extras cu12, cu13, mpi, plot)")
+    print(f"processor can: {' '.join(report.cpu_features()) or 'nothing beyond its baseline'}")
+    for library, extra in EXTRAS.items():
+        reason = report.why_missing(library)
+        if reason:
+            print(f"{library} cannot be used: {reason}; it is optional, pip install 'pymoe[{extra}]'")
 
 
 def later(options: argparse.Namespace) -> None:
     """Refuse a command that this version does not have."""
     raise UnsupportedError(complaint("pymoe", options.name, "wait for a later version", "this one"))
+
+
+def _tokens_a_step(layer: MoELayer) -> int:
+    """Return how many tokens to compute between two steps: few enough for a lively bar, enough to reuse weights."""
+    return int(min(max(WORK_A_STEP / (6 * layer.topk * layer.K * layer.I), 512), 4096))
 
 
 def _plot_path(path: str) -> Path:

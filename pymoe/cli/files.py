@@ -29,9 +29,12 @@ def read_tokens(path: str) -> Array:
         x = file[names[0]]
     elif suffix == ".npy":
         try:
-            x = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ArgumentError(complaint("pymoe run", "--input", "be a .npy without pickles", error)) from None
+            x = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # NumPy's parser of a malformed header raises six kinds and promises none
+            remedy = f"It says {type(error).__name__}: {str(error)[:200].rstrip('.')}"
+            raise ArgumentError(complaint("pymoe run", "--input", "be a .npy without pickles", path, remedy)) from None
         x = x.view(ml_dtypes.bfloat16) if x.dtype == _BF16_VOID else x
     else:
         raise ArgumentError(complaint("pymoe run", "--input", "be a .npy or .safetensors file", path))

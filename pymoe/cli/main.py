@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -36,12 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("pymoe: interrupted", file=sys.stderr)
         return FAILURE
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has left; nothing more can be said
+        # Whoever read our output has left; the interpreter must not fail again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    except (PymoeError, OSError, MemoryError, ImportError) as error:
+    except Exception as error:  # the boundary of the program: whatever happened is told in one line
         if environment.show_debug():
             traceback.print_exc()
-        print(f"pymoe: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        expected = isinstance(error, PymoeError | OSError) and str(error)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        print(f"pymoe: {' '.join(text.split())}", file=sys.stderr)
         return FAILURE
     return OK
 

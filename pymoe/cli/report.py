@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,27 @@ def print_load(load: Array) -> None:
         print(f"{expert:>10} {int(rows):>9}  {bar}".rstrip())
 
 
+def cpu_features() -> list[str]:
+    """Return the vector features of this processor that matter for speed, as the compiler of the kernels names them."""
+    from llvmlite import binding
+
+    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avx512fp16", "amx-bf16",
+              "amx-int8", "neon", "sve", "sve2", "bf16", "i8mm")  # fmt: skip
+    features = binding.get_host_cpu_features()
+    return [name for name in wanted if features.get(name)]
+
+
+def why_missing(library: str) -> str:
+    """Return why an optional library cannot be imported; empty if it can."""
+    if importlib.util.find_spec(library) is None:
+        return "not installed"
+    try:
+        importlib.import_module(library)
+    except Exception as error:  # a broken installation may raise anything
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
 def can_plot() -> bool:
     """Return whether matplotlib is there, without loading it."""
     return importlib.util.find_spec("matplotlib") is not None
@@ -55,9 +77,9 @@ def plot_load(load: Array, path: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(max(4, min(16, len(load) / 4)), 3), layout="constrained")
     axes.bar(range(len(load)), load, color="#4878a8")
-    if len(load):
-        axes.axhline(load.mean(), color="#a04040", linewidth=1, label=f"mean {load.mean():.1f}")
-        axes.legend(frameon=False)
-    axes.set(xlabel="expert", ylabel="rows", title=title)
+    axes.axhline(load.mean(), color="#a04040", linewidth=1, label=f"mean {load.mean():.1f}")
+    axes.set(xlabel="expert", ylabel="rows", title=title, ylim=(0, 1.25 * max(load.max(), 1)))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, loc="upper right")
     figure.savefig(path)
     pyplot.close(figure)

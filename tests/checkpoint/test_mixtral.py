@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -96,6 +98,8 @@ def test_list_layers(tmp_path):
         ({"num_experts_per_tok": None}, CheckpointError, "num_experts_per_tok"),
         ({"hidden_act": "swish9"}, CheckpointError, "hidden_act"),
         ({"hidden_act": 3}, CheckpointError, "hidden_act"),
+        ({"hidden_act": "relu2_no_mul"}, CheckpointError, "hidden_act"),
+        ({"hidden_act": "swigluoai"}, CheckpointError, "hidden_act"),
         ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedError, "quantization_config"),
     ],
 )
@@ -121,9 +125,14 @@ def test_config_json_that_is_none(tmp_path, text):
     [
         ({"experts.1.w3.weight": np.zeros((8, 15), np.float32)}, "experts.1.w3.weight in shape (8, 16); got (8, 15)"),
         ({"experts.1.w2.weight": np.zeros((8, 16), np.float32)}, "experts.1.w2.weight in shape (16, 8)"),
-        ({"experts.2.w1.weight": np.zeros((8, 16), np.float16)}, "experts.2.w1.weight in float32 like the other"),
+        ({"experts.2.w1.weight": np.zeros((8, 16), np.float16)}, "experts.2.w1.weight in float32; got float16"),
         ({"experts.3.w2.weight": None}, "hold the tensor model.layers.0.block_sparse_moe.experts.3.w2.weight"),
         ({"gate.weight": np.zeros(4, np.float32)}, "gate.weight in shape (4, any)"),
+        ({"gate.weight": np.zeros((4, 0), np.float32)}, "gate.weight in shape (4, any)"),
+        ({"gate.weight": np.zeros((4, 16), np.int64)}, "gate.weight in float32 or float16 or bfloat16; got int64"),
+        ({"experts.0.w1.weight": np.zeros((), np.float32)}, "experts.0.w1.weight in shape (any, 16); got ()"),
+        ({"experts.0.w1.weight": np.zeros((0, 16), np.float32)}, "experts.0.w1.weight in shape (any, 16); got (0, 16)"),
+        ({"experts.0.w1.weight": np.zeros((8, 16), np.int8)}, "experts.0.w1.weight in float32 or float16 or bfloat16"),
     ],
 )
 def test_tensors_that_do_not_fit(tmp_path, change, text):
@@ -135,6 +144,25 @@ def test_tensors_that_do_not_fit(tmp_path, change, text):
     with pytest.raises(CheckpointError) as caught:
         load_layer(tmp_path / "ck", 0)
     assert text in str(caught.value)
+    with pytest.raises(CheckpointError):
+        list_layers(tmp_path / "ck")
+
+
+def test_a_lying_config_costs_no_memory(tmp_path):
+    """65536 experts by gate and config, one in the file: refused from headers, before 16 GiB are asked for."""
+    E, K = 65536, 256
+    tensors = {"model.layers.0.block_sparse_moe.gate.weight": np.zeros((E, K), np.float16)}
+    for part, shape in (("w1", (1024, K)), ("w3", (1024, K)), ("w2", (K, 1024))):
+        tensors[f"model.layers.0.block_sparse_moe.experts.0.{part}.weight"] = np.zeros(shape, np.float16)
+    mixtral(tmp_path / "ck", num_local_experts=E)
+    write(tmp_path / "ck" / "model.safetensors", tensors)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"hold the tensor .*experts\.1\.w1"):
+            load_layer(tmp_path / "ck", 0)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -143,9 +171,14 @@ def test_tensors_that_do_not_fit(tmp_path, change, text):
         ({"layer": 3}, CheckpointError, "must hold an MoE layer 3; got layers [0]"),
         ({"layer": -1}, ArgumentError, "layer must be at least 0"),
         ({"layer": "0"}, DTypeError, "layer must be an integer"),
-        ({"layer": 0, "experts": [4]}, CheckpointError, "different experts in 0..3; got [4]"),
-        ({"layer": 0, "experts": [1, 1]}, CheckpointError, "different experts"),
-        ({"layer": 0, "dtype": "float64"}, ArgumentError, "dtype must be float32, float16 or bfloat16"),
+        ({"layer": 0, "experts": [4]}, ArgumentError, "experts must be ids in 0..3; got [4]"),
+        ({"layer": 0, "experts": [1, 1]}, ArgumentError, "experts must name each expert once"),
+        ({"layer": 0, "experts": [-1]}, ArgumentError, "experts must be at least 0; got -1"),
+        ({"layer": 0, "experts": 2}, DTypeError, "experts must be a sequence of integers"),
+        ({"layer": 0, "experts": "01"}, DTypeError, "experts must be a sequence of integers"),
+        ({"layer": 0, "experts": [1.0]}, DTypeError, "experts must be an integer"),
+        ({"layer": 0, "dtype": "float64"}, DTypeError, "dtype must be float32, float16 or bfloat16; got float64"),
+        ({"layer": 0, "dtype": "float99"}, DTypeError, "dtype must be a dtype; got 'float99'"),
     ],
 )
 def test_bad_requests(tmp_path, arguments, kind, text):
@@ -153,6 +186,68 @@ def test_bad_requests(tmp_path, arguments, kind, text):
     with pytest.raises(kind) as caught:
         load_layer(tmp_path / "ck", **arguments)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", [3, None, b"ck"])
+def test_folders_that_are_no_paths(folder):
+    for call in (lambda: load_layer(folder, 0), lambda: list_layers(folder)):
+        with pytest.raises(DTypeError, match="folder must be a path"):
+            call()
+
+
+def test_only_the_asked_experts_are_read(tmp_path):
+    """One shard an expert; all but two, and the headers of their neighbours, are gone."""
+    tensors = mixtral(tmp_path / "ck", shards=13)
+    whole = load_layer(tmp_path / "ck", 0)
+    where = json.loads((tmp_path / "ck" / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {where[name] for name in tensors if "gate" in name or ".experts.2." in name or ".experts.0." in name}
+    unneeded = set(where.values()) - needed
+    assert unneeded
+    for file in unneeded:
+        (tmp_path / "ck" / file).unlink()
+    part = load_layer(tmp_path / "ck", 0, experts=[2])
+    assert part.experts == (2,) and part.num_experts == 4
+    np.testing.assert_array_equal(part.w1[0], whole.w1[2])
+    np.testing.assert_array_equal(part.w2[0], whole.w2[2])
+
+
+def test_a_layer_outlives_its_files(tmp_path):
+    tensors = mixtral(tmp_path / "ck")
+    weights = load_layer(tmp_path / "ck", 0)
+    os.truncate(tmp_path / "ck" / "model.safetensors", 8)
+    np.testing.assert_array_equal(weights.gate, tensors["model.layers.0.block_sparse_moe.gate.weight"])
+    assert weights.w1.sum() != 0
+
+
+@pytest.mark.parametrize(
+    "name, activation",
+    [
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+    ],
+)
+def test_activations_under_the_layouts_names(tmp_path, name, activation):
+    mixtral(tmp_path / "ck", hidden_act=name)
+    assert load_layer(tmp_path / "ck", 0).activation == pymoe.ActivationConfig(activation)
+
+
+def test_K5_config_json_is_not_read_through_a_link_out(tmp_path):
+    mixtral(tmp_path / "ck")
+    os.rename(tmp_path / "ck" / "config.json", tmp_path / "config.json")
+    (tmp_path / "ck" / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="lie in its folder"):
+        load_layer(tmp_path / "ck", 0)
+
+
+def test_K5_config_json_that_is_a_pipe_does_not_block(tmp_path):
+    mixtral(tmp_path / "ck")
+    (tmp_path / "ck" / "config.json").unlink()
+    os.mkfifo(tmp_path / "ck" / "config.json")
+    with pytest.raises(CheckpointError, match="be a regular file"):
+        load_layer(tmp_path / "ck", 0)
 
 
 def test_missing_folder(tmp_path):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import struct
+import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import pymoe.checkpoint
 from pymoe import CheckpointError
 from pymoe.checkpoint import SafetensorsFile, SafetensorsFolder
 from tests.checkpoint.files import NAMES, header_of, write
@@ -17,6 +22,18 @@ from tests.checkpoint.files import NAMES, header_of, write
 DTYPES = [np.dtype(getattr(ml_dtypes, name, None) or name) for name in NAMES]
 ONE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
 ENTRY = header_of(ONE)["a"]
+
+ran = []
+
+
+class Payload:
+    """Notes in `ran` that it was unpickled."""
+
+    def __reduce__(self):
+        return ran.append, (1,)
+
+
+PICKLE = pickle.dumps(Payload())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,6 +79,8 @@ HOSTILE = {
     "K3_leading_space": {"text": b" {}"},
     "K3_nested_deeply": {"text": b'{"a":' * 50_000 + b"1" + b"}" * 50_000},
     "K3_nan_constant": {"text": b'{"a":NaN}'},
+    "K3_integer_of_5000_digits": {"text": b'{"a":%s}' % (b"9" * 5000)},
+    "K3_duplicate_keys_deep_inside": {"text": b'{"__metadata__":{"x":"1","x":"2"}}'},
     "K4_dtype_unknown": {"header": {"a": ENTRY | {"dtype": "F4"}}},
     "K4_dtype_no_string": {"header": {"a": ENTRY | {"dtype": ["F32"]}}},
     "K4_offsets_outside": {"header": {"a": ENTRY | {"data_offsets": [0, 28]}}},
@@ -72,6 +91,15 @@ HOSTILE = {
     "K4_offsets_three": {"header": {"a": ENTRY | {"data_offsets": [0, 24, 24]}}},
     "K4_shape_too_large_for_bytes": {"header": {"a": ENTRY | {"shape": [2, 4]}}},
     "K4_shape_product_wraps": {"header": {"a": ENTRY | {"shape": [2**32, 2**32, 6]}}},
+    "K4_shape_product_too_long_to_print": {"header": {"a": ENTRY | {"shape": [10**4299, 10**4299]}}},
+    "K4_shape_hides_its_size_behind_a_zero": {
+        "header": {"a": ENTRY, "b": {"dtype": "F32", "shape": [2**62, 0, 2**62], "data_offsets": [24, 24]}}
+    },
+    "K4_offsets_wrap_64_bits": {"header": {"a": ENTRY | {"data_offsets": [2**64, 2**64 + 24]}}},
+    "K4_name_of_a_megabyte": {"header": {"a" * 2**20: 3}},
+    "K4_name_that_writes_to_the_terminal": {"header": {"a\n\x1b[31m": 3}},
+    "K4_name_that_is_no_unicode": {"text": b'{"\\ud800":3}'},
+    "K4_fields_nested_deeply": {"text": b'{"a":' + b"[" * 400 + b"]" * 400 + b"}"},
     "K4_shape_negative": {"header": {"a": ENTRY | {"shape": [-2, -3]}}},
     "K4_shape_many_axes": {"header": {"a": ENTRY | {"shape": [1] * 100 + [6]}}},
     "K4_extra_field": {"header": {"a": ENTRY | {"strides": [1]}}},
@@ -90,7 +118,8 @@ def test_hostile_files_are_refused_by_name(tmp_path, case):
     path = write(tmp_path / "x.safetensors", ONE, **HOSTILE[case])
     with pytest.raises(CheckpointError) as caught:
         SafetensorsFile(path)
-    assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
+    text = str(caught.value)
+    assert str(path) in text and len(text) < 500 and text.isprintable()
 
 
 @pytest.mark.parametrize("size", [0, 3, 7])
@@ -126,19 +155,52 @@ def test_random_damage_of_the_header_never_escapes(tmp_path):
             pass
 
 
-def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
+def test_K3_ten_million_keys_of_which_the_last_stands_twice(tmp_path):
+    """Finding it takes one pass; the quadratic search would take hours (here scaled to a CI run)."""
+    text = b"{" + b",".join(b'"%d":0' % i for i in range(200_000)) + b',"199999":0}'
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match="the key 199999 twice"):
+        SafetensorsFile(write(tmp_path / "x.safetensors", {}, text=text))
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("change", ["shrinks", "is_replaced", "is_removed"])
+def test_K4_a_file_that_changes_after_its_header_was_checked(tmp_path, change):
     path = write(tmp_path / "x.safetensors", ONE)
     file = SafetensorsFile(path)
-    os.truncate(path, path.stat().st_size - 4)
-    with pytest.raises(CheckpointError, match="keep its length"):
+    if change == "shrinks":
+        os.truncate(path, path.stat().st_size - 4)
+    elif change == "is_removed":
+        path.unlink()
+    else:
+        write(tmp_path / "y.safetensors", ONE)
+        os.replace(tmp_path / "y.safetensors", path)
+    with pytest.raises(CheckpointError, match="be a readable file" if change == "is_removed" else "stay unchanged"):
         file["a"]
 
 
-@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.pkl", "model"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_K5_only_regular_files_are_read(tmp_path, kind):
+    """A pipe would block the reader for ever."""
+    path = tmp_path / "x.safetensors"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda name: os.symlink(name, name)}[kind](path)
+    with pytest.raises(CheckpointError, match="must be a (regular|readable) file"):
+        SafetensorsFile(path)
+
+
+def test_the_zeros_of_a_shape_and_its_largest_size_are_legal(tmp_path):
+    header = {"b": {"dtype": "F64", "shape": [2**59, 0], "data_offsets": [0, 0]}}
+    assert SafetensorsFile(write(tmp_path / "x.safetensors", {}, header))["b"].shape == (2**59, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "model.npz", "model"]
+)
 def test_K6_pickles_are_never_opened(tmp_path, name):
-    (tmp_path / name).write_bytes(b"\x80\x04\x95")
+    (tmp_path / name).write_bytes(PICKLE)
     with pytest.raises(CheckpointError, match="unpickles nothing"):
         SafetensorsFile(tmp_path / name)
+    assert not ran
 
 
 def folder_with(tmp_path, weight_map):
@@ -151,7 +213,8 @@ def folder_with(tmp_path, weight_map):
 @pytest.mark.parametrize(
     "target",
     ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors",
-     "..", ".", "", "..\\x.safetensors", "x\0.safetensors"],
+     "..", ".", "", "..\\x.safetensors", "x\0.safetensors", "\ud800.safetensors", "x" * 300 + ".safetensors",
+     "x\n.safetensors", ".hidden.safetensors", "C:x.safetensors", "sub/../../x.safetensors", "./x.safetensors"],
 )  # fmt: skip
 def test_K5_the_index_stays_in_its_folder(tmp_path, target):
     write(tmp_path / "x.safetensors", ONE)
@@ -159,12 +222,22 @@ def test_K5_the_index_stays_in_its_folder(tmp_path, target):
         SafetensorsFolder(folder_with(tmp_path, {"a": target}))
 
 
-def test_K5_links_out_of_the_folder(tmp_path):
+@pytest.mark.parametrize("name", ["y.safetensors", "model.safetensors", "model.safetensors.index.json"])
+def test_K5_links_out_of_the_folder(tmp_path, name):
     write(tmp_path / "x.safetensors", ONE)
     folder = folder_with(tmp_path, {"a": "y.safetensors"})
-    (folder / "y.safetensors").symlink_to(tmp_path / "x.safetensors")
+    if name != "y.safetensors":
+        (folder / SafetensorsFolder.INDEX).unlink()
+    (folder / name).symlink_to(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="lie in its folder"):
         SafetensorsFolder(folder)["a"]
+
+
+def test_K5_links_within_the_folder_are_followed(tmp_path):
+    folder = folder_with(tmp_path, {"a": "y.safetensors"})
+    write(folder / "x.safetensors", ONE)
+    (folder / "y.safetensors").symlink_to("x.safetensors")
+    np.testing.assert_array_equal(SafetensorsFolder(folder)["a"], ONE["a"])
 
 
 def test_K5_links_into_a_download_caches_blobs_are_followed(tmp_path):
@@ -174,6 +247,40 @@ def test_K5_links_into_a_download_caches_blobs_are_followed(tmp_path):
     write(blobs / "deadbeef.safetensors", ONE)
     (snapshot / "model.safetensors").symlink_to(blobs / "deadbeef.safetensors")
     np.testing.assert_array_equal(SafetensorsFolder(snapshot)["a"], ONE["a"])
+
+
+def test_K6_an_index_of_pickles_opens_none(tmp_path):
+    folder = folder_with(tmp_path, {"a": "pytorch_model.bin"})
+    (folder / "pytorch_model.bin").write_bytes(PICKLE)
+    with pytest.raises(CheckpointError, match="unpickles nothing"):
+        SafetensorsFolder(folder)["a"]
+
+
+def test_K6_a_pickle_under_the_right_name_is_not_run(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(PICKLE)
+    with pytest.raises(CheckpointError, match="header"):
+        SafetensorsFolder(tmp_path)
+    assert not ran
+
+
+def test_K6_the_reader_knows_no_module_that_could_run_a_file():
+    source = "".join(path.read_text() for path in Path(pymoe.checkpoint.__file__).parent.glob("*.py"))
+    for word in ("pickle", "eval(", "exec(", "marshal", "np.load", "torch"):
+        assert not re.search(rf"^[^#\"]*\b{re.escape(word)}", source.replace("unpickle", ""), re.MULTILINE)
+
+
+def test_K3_an_index_that_places_a_tensor_twice(tmp_path):
+    folder = folder_with(tmp_path, {})
+    (folder / SafetensorsFolder.INDEX).write_text('{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}')
+    with pytest.raises(CheckpointError, match="the key a twice"):
+        SafetensorsFolder(folder)
+
+
+def test_K3_an_index_that_is_too_long(tmp_path, monkeypatch):
+    folder = folder_with(tmp_path, {"a": "x.safetensors"})
+    monkeypatch.setattr("pymoe.checkpoint.safetensors.MAX_JSON_BYTES", 10)
+    with pytest.raises(CheckpointError, match="at most 10 bytes"):
+        SafetensorsFolder(folder)
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 3}, "x"])

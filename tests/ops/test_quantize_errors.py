@@ -117,6 +117,11 @@ ERRORS = {
         ArgumentError,
         "backend must be 'numpy'",
     ),
+    "which": (
+        lambda: quantize_activations(X, config_of("fp8_w8a8"), "w1"),
+        ArgumentError,
+        "which must be 'a1' or 'a2'; got 'w1'",
+    ),
     "weight-only config": (
         lambda: quantize_activations(X, config_of("fp8_w8a16")),
         ArgumentError,

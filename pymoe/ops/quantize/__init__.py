@@ -195,6 +195,8 @@ def quantize_activations(
     key = quant_config.activation_key
     if key is None:
         raise ArgumentError(complaint(call, "quant_config", "quantize activations", "a16"))
+    if which not in ("a1", "a2"):
+        raise ArgumentError(complaint(call, "which", "be 'a1' or 'a2'", repr(which)))
     desc = getattr(quant_config, which)
     scale = desc.scale if scale is None else scale
     block = matrices.block_of(call, key, *x.shape)

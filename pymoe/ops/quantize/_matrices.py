@@ -31,7 +31,7 @@ def kernels(backend: str | None) -> Any:
     if backend == "numpy":
         return definition
     if backend not in (None, "numba"):
-        raise ArgumentError(complaint("quantize", "backend", "be 'numpy', 'numba' or None", repr(backend)))
+        raise ArgumentError(complaint("quantize_activations", "backend", "be 'numpy', 'numba' or None", repr(backend)))
     from pymoe.ops.quantize import _numba
 
     return _numba

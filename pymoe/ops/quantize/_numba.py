@@ -92,9 +92,10 @@ def _extremes(start, stop, bits, shift, block_rows, block_columns, poison, low, 
 def _range(bits, first, last):
     """Return the bits of the largest magnitude below 0, above 0, and of all, the first two without NaN."""
     lo, hi, size = np.int32(0), np.int32(0), np.int32(0)
-    for k in range(first, last):
-        magnitude = np.int32(bits[k] & _MAGNITUDE)
-        value = np.int32(bits[k] if magnitude <= _INFINITY else 0)
+    part = bits[first:last]  # a loop from 0 becomes vectors, one from a first index does not
+    for k in range(part.size):
+        magnitude = np.int32(part[k] & _MAGNITUDE)
+        value = np.int32(part[k] if magnitude <= _INFINITY else 0)
         # Among floats of one sign the bits grow with the magnitude; those of the other sign are below 0.
         hi = max(hi, value)
         lo = max(lo, np.int32(value ^ _SIGN))
@@ -115,13 +116,13 @@ def _encode(
         _load(bits, r, shift, loaded)
         b = r // block_rows
         for c in range(factor.shape[1]):
-            f = factor[b, c]
+            part, f = row[c * block_columns : min(K, (c + 1) * block_columns)], factor[b, c]
             if divides:
-                for k in range(c * block_columns, min(K, (c + 1) * block_columns)):
-                    row[k] = row[k] / f
+                for k in range(part.size):
+                    part[k] = part[k] / f
             else:
-                for k in range(c * block_columns, min(K, (c + 1) * block_columns)):
-                    row[k] = row[k] * f
+                for k in range(part.size):
+                    part[k] = part[k] * f
         if kind == 0:
             _e4m3(row, codes)
         elif kind == 1:
@@ -167,8 +168,9 @@ def _e2m1(values, codes):
 @jit
 def _integers(values, first, last, kind, offset, low, high, codes):
     least, most = np.float32(low - offset), np.float32(high - offset)
-    for k in range(first, last):
-        y = values[k]
+    part, coded = values[first:last], codes[first:last]
+    for k in range(part.size):
+        y = part[k]
         y = np.float32(0) if y != y else y
         y = least if y < least else (most if y > most else y)
         if kind == 2:
@@ -178,4 +180,4 @@ def _integers(values, first, last, kind, offset, low, high, codes):
             if kind == 3:
                 rest = y - np.float32(whole)
                 whole = np.int32(whole + (rest >= np.float32(0.5)) - (rest <= np.float32(-0.5)))
-        codes[k] = np.uint8(whole + np.int32(offset))
+        coded[k] = np.uint8(whole + np.int32(offset))
