@@ -199,7 +199,7 @@ def quant_config(
     """
     quant_config_type(call, config)
     grids = {"w1": (N, K), "w2": (K, width)}
-    checked = {}
+    checked: dict[str, Any] = {}
     for name, (rows, columns) in grids.items():
         desc = getattr(config, name)
         checked[name] = _weight_desc(call, name, desc, config, (E_local, rows, columns))
@@ -226,6 +226,7 @@ def _weight_desc(
     groups = _groups(call, name, desc, columns)
     key = config.weight_key
     assert key is not None and desc.shape is not None
+    shapes: list[tuple[int | None, ...]]
     if desc.shape.row == -1 and desc.shape.col == -1:
         shapes = [(E_local,), (E_local, 2)] if name == "w1" and rows % 2 == 0 else [(E_local,)]
     elif desc.shape.row == -1:

@@ -232,7 +232,7 @@ class FusedMoEParallelConfig:
         size = dp[0] * pcp[0] * tp[0]
         rank = dp[1] * pcp[0] * tp[0] + pcp[1] * tp[0] + tp[1]
         use_ep = size > 1 and enable_expert_parallel
-        flat = {"ep_size": size, "ep_rank": rank} if use_ep else {"tp_size": size, "tp_rank": rank}
+        flat: dict[str, Any] = {"ep_size": size, "ep_rank": rank} if use_ep else {"tp_size": size, "tp_rank": rank}
         return cls(
             dp_size=dp[0],
             dp_rank=dp[1],

@@ -2,8 +2,8 @@
 
 Tokens are ternary with x[:, 0] = 1.  Every gate row reads 32 times column 0, where act(32) = 32 exactly; every up row
 reads one column, plus or minus; every row of w2 reads one column of h.  Router weights are 1, 1/2, 1/4.  Then
-``y[m, c] = sum_j weight_j * 32 * sign * x[m, column]``: no sum of a GEMM has two terms, every number on the way is exact
-in bfloat16, and the oracle has no arithmetic in common with a GEMM.
+``y[m, c] = sum_j weight_j * 32 * sign * x[m, column]``: no sum of a GEMM has two terms, every number on the way is
+exact in bfloat16, and the oracle has no arithmetic in common with a GEMM.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_run_with_scheme_and_dtype(folder, scheme, dtype):
 def test_steps_of_the_progress_bar_do_not_change_bits(folder, monkeypatch):
     assert main(arguments(folder)) == 0
     whole = np.load(folder / "y.npy")
-    monkeypatch.setattr("pymoe.cli.commands.TOKENS_A_STEP", 7)
+    monkeypatch.setattr("pymoe.cli.commands._tokens_a_step", lambda layer: 7)
     assert main(arguments(folder)) == 0
     np.testing.assert_array_equal(np.load(folder / "y.npy"), whole)
 
@@ -91,11 +91,14 @@ def test_plot_without_matplotlib_is_refused_before_work(folder, capsys, monkeypa
     assert "pip install 'pymoe[plot]'" in capsys.readouterr().err and not (folder / "y.npy").exists()
 
 
+ran = []
+
+
 class Opened:
-    """What a pickle would run."""
+    """Notes in `ran` that it was unpickled."""
 
     def __reduce__(self):
-        return os.system, ("touch /tmp/pymoe-was-here",)
+        return ran.append, (1,)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,55 @@ def test_errors_are_one_line_and_status_1(folder, capsys, change, text):
     assert main(arguments(folder, **change(folder))) == 1
     error = capsys.readouterr().err
     assert error.startswith("pymoe: ") and error.count("\n") == 1 and text in error
-    assert not (folder / "y.npy").exists()
+    assert not (folder / "y.npy").exists() and not ran
+
+
+NPY = "{'descr':%s,'fortran_order':False,'shape':%s}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x93NUMPY", b"PK\x03\x04", b"\x80\x04\x95", b"\x93NUMPY\x01\x00\x10\x00{'a':",
+        NPY % ("'<f4'", "(-2, -64)"), NPY % ("'<f4'", "(9" + "9" * 30 + ", 64)"), NPY % ("'<f4'", "(True, 64)"),
+        NPY % ("'<f4'", "(" + "1," * 70 + ")"), NPY % ("'O'", "(2, 64)"), NPY % ("[('a', 'O')]", "(2,)"),
+        NPY % ("3", "(2, 64)"), NPY % ("'<f4'", "(2, 64"), "(" * 3000, "{1: 2, 'a': 3}", "__import__('os')",
+        NPY % ("'<f4'", "(1000000, 64)"), NPY % ("'>f4'", "(1, 1)"), NPY % ("[('a', '<f4')]", "(1,)"),
+        NPY % ("'<c8'", "(1, 1)"),
+    ],
+    ids=range(20),
+)  # fmt: skip
+def test_K6_malformed_npy_files_are_one_line(folder, capsys, content):
+    if isinstance(content, str):
+        content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(content)) + content.encode() + bytes(64)
+    (folder / "b.npy").write_bytes(content)
+    assert main(arguments(folder, input=folder / "b.npy")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("pymoe: pymoe run: --input must ") and error.count("\n") == 1 and len(error) < 600
+
+
+def test_an_unexpected_error_is_one_line_and_names_its_kind(folder, capsys, monkeypatch):
+    monkeypatch.setattr("pymoe.cli.commands.list_layers", lambda folder: 1 // 0)
+    assert main(["info", str(folder / "ck")]) == 1
+    assert capsys.readouterr().err == "pymoe: ZeroDivisionError: integer division or modulo by zero\n"
+
+
+def test_an_output_that_was_there_stays_whole_after_a_failure(folder, monkeypatch):
+    (folder / "y.npy").write_bytes(b"before")
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pymoe.cli.files.np.save", full)
+    assert main(arguments(folder)) == 1
+    assert (folder / "y.npy").read_bytes() == b"before"
+    assert sorted(path.name for path in folder.iterdir()) == ["ck", "x.npy", "y.npy"]
+
+
+def test_the_input_may_be_the_output(folder):
+    x = np.load(folder / "x.npy")
+    assert main(arguments(folder, output=folder / "x.npy")) == 0
+    np.testing.assert_array_equal(np.load(folder / "x.npy"), pymoe.MoELayer.from_checkpoint(folder / "ck", 0)(x))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +204,20 @@ def test_doctor(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert pymoe.__version__ in printed and "numba" in printed and "threads" in printed
+    assert "processor can: " in printed
+
+
+def test_doctor_says_why_an_optional_library_cannot_be_used(capsys, monkeypatch, tmp_path):
+    (tmp_path / "raises.py").write_text("raise RuntimeError('no libmpi.so')")
+    (tmp_path / "dies.py").write_text("import os; os._exit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("pymoe.cli.commands.EXTRAS", {"raises": "mpi", "dies": "cu13", "absent": "plot", "numpy": "x"})
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "raises cannot be used: RuntimeError: no libmpi.so; it is optional, pip install 'pymoe[mpi]'" in printed
+    assert "dies cannot be used: its import ends with status 3" in printed
+    assert "absent cannot be used: not installed" in printed and "numpy cannot" not in printed
 
 
 @pytest.mark.parametrize("command", ["bench", "compile"])
@@ -178,6 +243,22 @@ def test_the_bar_is_drawn_on_a_terminal_and_cleared(monkeypatch, capsys):
         bar.advance(5)
     drawn = capsys.readouterr().err
     assert "5/10 tokens" in drawn and drawn.endswith("\r\x1b[K")
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pymoe", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    with process.stderr as stream:
+        assert stream.read() == b""
+    assert process.wait() == 1
+
+
+def test_main_does_not_change_numpys_error_state(folder):
+    before = np.geterr()
+    assert main(arguments(folder)) == 0
+    assert np.geterr() == before
 
 
 def test_as_a_module(folder):

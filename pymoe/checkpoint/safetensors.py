@@ -271,10 +271,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Return the object in a JSON file of a checkpoint folder."""
     path = _inside(folder, name)
     with _open(path) as stream:
-        text = stream.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise fail(path, f"have at most {MAX_JSON_BYTES} bytes", "more")
-    return _parse(path, "be a file", text)
+        size = _stamp(stream).size
+        if size > MAX_JSON_BYTES:
+            raise fail(path, f"have at most {MAX_JSON_BYTES} bytes", size)
+        return _parse(path, "be a file", stream.read(size))
 
 
 def _parse(path: Path, rule: str, text: bytes) -> dict[str, Any]:

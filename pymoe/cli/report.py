@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,19 @@ def cpu_features() -> list[str]:
 
 
 def why_missing(library: str) -> str:
-    """Return why an optional library cannot be imported; empty if it can."""
+    """Return why an optional library cannot be imported; empty if it can.
+
+    Another process tries, since a broken installation may do worse than raise.
+    """
     if importlib.util.find_spec(library) is None:
         return "not installed"
+    command = [sys.executable, "-c", f"import {library}"]
     try:
-        importlib.import_module(library)
-    except Exception as error:  # a broken installation may raise anything
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return ""
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    except subprocess.TimeoutExpired:
+        return "its import takes more than a minute"
+    last = done.stderr.strip().splitlines()[-1:]
+    return "" if done.returncode == 0 else "".join(last)[:300] or f"its import ends with status {done.returncode}"
 
 
 def can_plot() -> bool:
@@ -74,12 +80,13 @@ def plot_load(load: Array, path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(max(4, min(16, len(load) / 4)), 3), layout="constrained")
     axes.bar(range(len(load)), load, color="#4878a8")
     axes.axhline(load.mean(), color="#a04040", linewidth=1, label=f"mean {load.mean():.1f}")
     axes.set(xlabel="expert", ylabel="rows", title=title, ylim=(0, 1.25 * max(load.max(), 1)))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="upper right")
     figure.savefig(path)
     pyplot.close(figure)

@@ -31,33 +31,12 @@ def encode_e8m0_ceil(x: np.ndarray) -> np.ndarray:
     -------
     ndarray, uint8, shape of `x`
     """
-    bits = _bits(x)
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.int64)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
     exponent = np.where(bits <= 1 << 22, 0, np.minimum(exponent, 254))
-    return np.where(np.isnan(x), E8M0_NAN, exponent).astype(np.uint8)
-
-
-def encode_e8m0_floor(x: np.ndarray) -> np.ndarray:
-    """Return the codes of the largest powers of two that are at most `x`.
-
-    Parameters
-    ----------
-    x : ndarray, float32
-        Not negative; all below 2^-126 becomes 0, infinity 254, NaN 255.
-
-    Returns
-    -------
-    ndarray, uint8, shape of `x`
-    """
-    exponent = np.minimum(_bits(x) >> 23, 254)
     return np.where(np.isnan(x), E8M0_NAN, exponent).astype(np.uint8)
 
 
 def inverse_power(codes: np.ndarray) -> np.ndarray:
     """Return 2^(127 - b) in float32 for codes b in 0..253, all of them normal numbers; NaN for 255."""
     return E8M0_VALUES[np.where(codes == E8M0_NAN, np.uint8(E8M0_NAN), np.uint8(254) - codes)]
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    """Return the bit patterns as int64, so that sums and differences of exponents cannot wrap."""
-    return np.asarray(x, np.float32).view(np.uint32).astype(np.int64)

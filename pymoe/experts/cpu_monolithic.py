@@ -133,7 +133,7 @@ class CpuMonolithicExperts(FusedMoEExpertsMonolithic):
         topk_group: int | None,
     ) -> RoutingConfig:
         """Return the layer's routing with the call's parameters in place of its own."""
-        given = {
+        given: dict[str, Any] = {
             "num_expert_group": num_expert_group,
             "e_score_correction_bias": e_score_correction_bias,
             "routed_scaling_factor": routed_scaling_factor,

@@ -108,11 +108,12 @@ class NaiveBatchedExperts(FusedMoEExpertsModular):
         slab_rows = np.concatenate(
             [np.arange(n, dtype=np.int64) + e * capacity for e, n in enumerate(counts)] or [np.empty(0, np.int64)]
         )
-        per_row = a1q_scale is not None and a1q_scale.ndim == 3
+        if a1q_scale is not None and a1q_scale.ndim == 3:
+            a1q_scale = a1q_scale.reshape(E_local * capacity, -1)
         weights = ExpertWeights.of(w1, w2, activation, self.quant_config, self.moe_config.in_dtype)
         rows = weights.routed_rows(
             hidden_states.reshape(E_local * capacity, -1),
-            a1q_scale.reshape(E_local * capacity, -1) if per_row else a1q_scale,
+            a1q_scale,
             offsets,
             slab_rows,
             a2_scale=a2_scale,

@@ -163,7 +163,7 @@ class FusedMoEKernel:
         ids = checks.legal_ids(call, ids, G).astype(self.prepare_finalize.topk_indices_dtype() or np.int32)
         if out is not None:
             inputs = {"hidden_states": x, "w1": w1, "w2": w2, "topk_weights": topk_weights, "topk_ids": topk_ids}
-            checks.output(call, as_numpy(call, "out", out), *x.shape, x.dtype, inputs)
+            checks.output(call, as_numpy(call, "out", out), x.shape[0], x.shape[1], x.dtype, inputs)
         elif out_dtype is not None:
             out = np.empty(x.shape, out_dtype)
         return self.impl.apply(

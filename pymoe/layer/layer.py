@@ -12,7 +12,7 @@ from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.config import FusedMoEConfig, RoutingConfig, resolve_activation
 from pymoe.dense import Gate, SharedExperts
-from pymoe.device.arrays import as_numpy
+from pymoe.device.arrays import HIDDEN_DTYPES, as_numpy
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, UnsupportedError, complaint
 from pymoe.kernel import FusedMoEKernel
 from pymoe.layer.arguments import check_single_process, expert_map_of, gate_of, routing_of, topk_of
@@ -102,7 +102,8 @@ class MoELayer:
         config = FUSED_MOE_UNQUANTIZED_CONFIG if quant_config is None else quant_config
         checks.quant_config_type(call, config)
         self.activation = resolve_activation(call, activation, config)
-        self._w1, self._w2 = as_numpy(call, "w1", w1), as_numpy(call, "w2", w2)
+        self._w1: Any = as_numpy(call, "w1", w1)
+        self._w2: Any = as_numpy(call, "w2", w2)
         checks.shape(call, "w2", self._w2, (None, None, None))
         self.K = self._w2.shape[1]
         E_local, N, self.I = checks.weights(call, self._w1, self._w2, self.K, self.activation, config)
@@ -119,8 +120,7 @@ class MoELayer:
         if max_num_tokens is not None:
             self.max_num_tokens = checks.integer(call, "max_num_tokens", max_num_tokens, 1)
         self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
-        floating = self._w1.dtype.name in ("float32", "float16", "bfloat16")
-        self.dtype = self._w1.dtype if floating else np.dtype("float32")
+        self.dtype = self._w1.dtype if self._w1.dtype in HIDDEN_DTYPES else np.dtype("float32")
         self._kernels: dict[Any, tuple[FusedMoEKernel, tuple[Refusal, ...]]] = {}
         self._lock = threading.Lock()
         self._last_load: Array | None = None
@@ -190,7 +190,7 @@ class MoELayer:
             comm=comm,
             **(settings | options),
         )
-        if w1.dtype.name not in ("float32", "float16", "bfloat16"):
+        if w1.dtype not in HIDDEN_DTYPES:
             built.dtype = np.dtype(weights.dtype)
         return built
 
@@ -241,7 +241,7 @@ class MoELayer:
             named = {"hidden_states": x, "router_logits": router_logits, "topk_weights": topk_weights,
                      "topk_ids": topk_ids, "shared_experts_input": shared_experts_input}  # fmt: skip
             out = as_numpy(call, "out", out)
-            checks.output(call, out, *x.shape, x.dtype, named | {"w1": self._w1, "w2": self._w2})
+            checks.output(call, out, x.shape[0], x.shape[1], x.dtype, named | {"w1": self._w1, "w2": self._w2})
         weights, ids = self._route(call, x, router_logits, topk_weights, topk_ids, input_ids)
         y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, out)
         local = local_ids(ids, self.num_experts, self._expert_map)

@@ -19,7 +19,7 @@ def grouped_gemm(
     `group` is the extent along k whose partial sum is scaled at once, K where scales leave the whole sum.
     """
     with np.errstate(all="ignore"):
-        for e in np.flatnonzero(np.diff(expert_offsets)):
+        for e in np.flatnonzero(np.diff(expert_offsets)).tolist():
             rows = slice(int(expert_offsets[e]), int(expert_offsets[e + 1]))
             if group < w.K:
                 _expert_in_groups(a, w, e, gather[rows], a_scale, group, out[rows])

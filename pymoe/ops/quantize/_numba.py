@@ -14,8 +14,8 @@ from pymoe.ops.quantize._rules import Coder
 Array = Any
 
 _KINDS = {"e4m3": 0, "e2m1": 1, "rint": 2, "away": 3, "trunc": 4}
-_GRAIN = 1 << 15
-"""Elements that are worth a thread's attention."""
+_GRAIN = 1 << 17
+"""Elements that are worth waking a thread for: about 0.1 ms of work."""
 
 _SIGN, _MAGNITUDE = np.int32(-(1 << 31)), np.int32(0x7FFFFFFF)
 _INFINITY, _LARGEST, _NAN = np.int32(0x7F800000), np.int32(0x7F7FFFFF), np.int32(0x7FC00000)
@@ -41,7 +41,7 @@ def encode(x: Array, block: tuple[int, int], factor: Array, offset: Array | floa
     R, K = x.shape
     bits, shift = _bits(x)
     factor = np.ascontiguousarray(factor, np.float32)
-    offset = np.ascontiguousarray(np.broadcast_to(np.asarray(offset, np.float32), factor.shape))
+    offset = np.full(factor.shape, offset, np.float32)
     run_blocks(
         _encode, R, bits, shift, block[0], block[1], factor, offset, _KINDS[coder.kind], coder.divides,
         np.float32(coder.low), np.float32(coder.high), out.view(np.uint8), grain=max(1, _GRAIN // max(1, K)),
