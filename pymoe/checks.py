@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.activations import ActivationConfig
+from pymoe.device.arrays import HIDDEN_DTYPES, is_float
 from pymoe.environment import is_checked
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.quantization import FusedMoEQuantConfig, FusedMoEQuantDesc
@@ -50,14 +51,14 @@ def shape(call: str, argument: str, x: np.ndarray, *expected: tuple[int | None, 
 
 def float_dtype(call: str, argument: str, x: np.ndarray) -> None:
     """Refuse an array that is not float16, bfloat16, float32 or float64."""
-    if x.dtype.name not in (*_FLOAT_NAMES, "float64"):
+    if not is_float(x.dtype):
         raise DTypeError(complaint(call, argument, "have a floating dtype", x.dtype))
 
 
 def hidden(call: str, argument: str, x: np.ndarray, K: int | None = None) -> None:
     """Refuse tokens that are not (M, K) in float32, float16 or bfloat16."""
     shape(call, argument, x, (None, K))
-    if x.dtype.name not in _FLOAT_NAMES:
+    if x.dtype not in HIDDEN_DTYPES:
         remedy = "Hand over unquantized tokens"
         raise DTypeError(complaint(call, argument, f"have dtype {', '.join(_FLOAT_NAMES)}", x.dtype, remedy))
     if x.shape[1] < 1:

@@ -13,7 +13,7 @@ from pymoe.config import FusedMoEConfig, RoutingConfig, RoutingMethodType, resol
 from pymoe.device.arrays import as_numpy
 from pymoe.kernel import FusedMoEKernel
 from pymoe.ops.quantize import dequantize, quantize, quantize_experts
-from pymoe.ops.route import route
+from pymoe.ops.route.router import route_as
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 from pymoe.select import select
 
@@ -195,7 +195,7 @@ def select_experts(
         routing_method, custom_routing_function,
     )  # fmt: skip
     logits = as_numpy("select_experts", "router_logits", router_logits)
-    return route(logits, config, hidden_states=hidden_states, input_ids=input_ids)
+    return route_as("select_experts", logits, config, hidden_states=hidden_states, input_ids=input_ids)
 
 
 def routing_config(
@@ -276,7 +276,7 @@ def fused_moe(
     # The kernel is built before routing, so that a bad weight raises before any work.
     ids_like = np.broadcast_to(np.int32(0), (x.shape[0], config.topk))
     kernel = _kernel_for_call(call, x, w1, w2, ids_like, activation, quant_config, global_num_experts, expert_map)
-    topk_weights, topk_ids = route(logits, config, hidden_states=x, input_ids=input_ids)
+    topk_weights, topk_ids = route_as(call, logits, config, hidden_states=x, input_ids=input_ids)
     return kernel.apply_as(
         call,
         x,

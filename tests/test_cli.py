@@ -266,5 +266,11 @@ def test_as_a_module(folder):
         [sys.executable, "-m", "pymoe", *arguments(folder, layer=9)], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stdout == ""
+    good = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "pymoe", *arguments(folder)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (good.returncode, good.stderr) == (0, "") and "CpuExperts" in good.stdout
+    x = np.load(folder / "x.npy")
+    np.testing.assert_array_equal(np.load(folder / "y.npy"), pymoe.MoELayer.from_checkpoint(folder / "ck", 0)(x))
     version = subprocess.run([sys.executable, "-m", "pymoe", "--version"], capture_output=True, text=True, cwd=ROOT)
     assert version.stdout.strip() == f"pymoe {pymoe.__version__}"

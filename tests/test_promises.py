@@ -56,7 +56,7 @@ def test_1_inputs_are_never_written(scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_2_a_hundred_calls_have_the_same_bits(scheme):
+def test_G15_a_hundred_calls_have_the_same_bits(scheme):
     layer, x = random_layer(scheme), tokens(33)
     assert len({layer(x).tobytes() for _ in range(100)}) == 1
 
@@ -128,7 +128,7 @@ def test_8_numpy_error_state_is_unchanged():
     assert np.geterr() == before
 
 
-def test_outputs_alias_neither_inputs_nor_earlier_outputs():
+def test_G12_outputs_alias_neither_inputs_nor_earlier_outputs():
     """G12: the first answer is held while two more calls run."""
     layer, x = random_layer(), tokens(20)
     first = layer(x)

@@ -56,7 +56,7 @@ def sizes(count, seed):
 
 
 @pytest.mark.parametrize("block", range(8))
-def test_random_sizes_unquantized(block):
+def test_E11_random_sizes_unquantized(block):
     for size in sizes(25, 100 + block):
         check(selection(**size))
 
@@ -131,7 +131,7 @@ def apply(kernel, problem):
 
 
 @pytest.mark.parametrize("block", range(3))
-def test_reference_and_batched_experts(block):
+def test_G18_reference_and_batched_experts(block):
     for size in sizes(6, 500 + block):
         problem = selection(**size | {"M": size["M"] % 40 + 1})
         reference = kernel_for(problem, NumpyReferenceExperts, SingleProcessPrepareAndFinalize())

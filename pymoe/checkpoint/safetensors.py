@@ -30,8 +30,8 @@ Array = Any
 MAX_HEADER_BYTES = 100_000_000
 """Cap of the format's own reference implementation."""
 MAX_JSON_BYTES = 100_000_000
-MAX_TENSOR_BYTES = 2**62
-"""Also of the lengths above 0 of a shape with a 0 in it, so that every shape is one that NumPy can hold."""
+MAX_ELEMENTS = 2**59
+"""Product of the lengths above 0 of a shape, so that NumPy can hold it whatever its dtype, also with a 0 in it."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,199}")
 _DTYPES = {
@@ -132,8 +132,8 @@ class SafetensorsFile:
         dtype = _DTYPES.get(code) if isinstance(code, str) else None
         if dtype is None:
             raise fail(self.path, f"give {label} a dtype among {', '.join(_DTYPES)}", reprlib.repr(code))
-        if not _naturals(shape) or len(shape) > 8 or math.prod(filter(None, shape)) > MAX_TENSOR_BYTES // 8:
-            rule = f"give {label} a shape of at most 8 whole numbers, together below 2**59"
+        if not _naturals(shape) or len(shape) > 8 or math.prod(filter(None, shape)) > MAX_ELEMENTS:
+            rule = f"give {label} a shape of at most 8 whole numbers with a product of at most 2**59"
             raise fail(self.path, rule, reprlib.repr(shape))
         if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
             rule = f"give {label} two rising offsets within the {data_bytes} bytes of data"

@@ -12,7 +12,8 @@ from pymoe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingConfig, 
 from pymoe.contracts import FusedMoEActivationFormat, FusedMoEExpertsMonolithic
 from pymoe.contracts.experts import Activation
 from pymoe.errors import ArgumentError, complaint
-from pymoe.experts.routed import ExpertWeights, supports_quant_scheme
+from pymoe.experts.abilities import CpuAbilities
+from pymoe.experts.routed import ExpertWeights
 from pymoe.ops.permute import permute
 from pymoe.ops.quantize import quantize_activations
 from pymoe.ops.route import route
@@ -27,7 +28,7 @@ _METHODS = frozenset(RoutingMethodType) - {RoutingMethodType.Custom, RoutingMeth
 _LOGITS_DTYPES = (None, "float32", "float16", "bfloat16")
 
 
-class CpuMonolithicExperts(FusedMoEExpertsMonolithic):
+class CpuMonolithicExperts(CpuAbilities, FusedMoEExpertsMonolithic):
     """Route, then the stages of `CpuExperts`, bit for bit; quantizes its input itself, once it knows who is routed.
 
     Parameters
@@ -53,25 +54,6 @@ class CpuMonolithicExperts(FusedMoEExpertsMonolithic):
 
     def supports_chunking(self) -> bool:
         return False
-
-    def supports_expert_map(self) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_current_device() -> bool:
-        return True
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return True
-
-    @staticmethod
-    def _supports_activation(activation: Activation) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_quant_scheme(weight_key: QuantKey | None, activation_key: QuantKey | None) -> bool:
-        return supports_quant_scheme(weight_key, activation_key)
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:

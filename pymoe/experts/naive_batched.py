@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 
 from pymoe.activations import ActivationConfig
-from pymoe.config import FusedMoEParallelConfig
 from pymoe.contracts import ExpertTokensMetadata, FusedMoEActivationFormat, FusedMoEExpertsModular, TopKWeightAndReduce
 from pymoe.contracts.experts import Activation
 from pymoe.errors import ArgumentError, complaint
-from pymoe.experts.routed import ExpertWeights, supports_quant_scheme
-from pymoe.quantization import QuantKey
+from pymoe.experts.abilities import CpuAbilities
+from pymoe.experts.routed import ExpertWeights
 from pymoe.weight_and_reduce import TopKWeightAndReduceDelegate
 
 Array = Any
 
 
-class NaiveBatchedExperts(FusedMoEExpertsModular):
+class NaiveBatchedExperts(CpuAbilities, FusedMoEExpertsModular):
     """Experts on slabs (E_local, rows, K) of which the first ``expert_num_tokens[e]`` rows are valid.
 
-    Routed rows leave in float32, unweighed and unsummed; finalize sums them in slot order.  Unused rows are 0.
+    Routed rows leave in float32, unweighed and unsummed; finalize sums them in slot order.  Unused rows are 0.  An
+    expert map has done its work in prepare: rows arrive grouped by local expert.
     """
 
     @staticmethod
@@ -30,30 +30,6 @@ class NaiveBatchedExperts(FusedMoEExpertsModular):
 
     def supports_chunking(self) -> bool:
         return False
-
-    def supports_expert_map(self) -> bool:
-        # Rows arrive grouped by local expert: prepare has used the map.
-        return True
-
-    @staticmethod
-    def _supports_current_device() -> bool:
-        return True
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return True
-
-    @staticmethod
-    def _supports_activation(activation: Activation) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_quant_scheme(weight_key: QuantKey | None, activation_key: QuantKey | None) -> bool:
-        return supports_quant_scheme(weight_key, activation_key)
-
-    @staticmethod
-    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
-        return True
 
     def workspace_dtype(self, act_dtype: Any) -> Any:
         return "float32"

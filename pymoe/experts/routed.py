@@ -12,7 +12,7 @@ from pymoe.codec.weights import WeightOperand
 from pymoe.ops.activation import activation as activate
 from pymoe.ops.grouped_gemm import grouped_gemm
 from pymoe.ops.quantize import quantize_activations
-from pymoe.quantization import FusedMoEQuantConfig, FusedMoEQuantDesc, QuantKey
+from pymoe.quantization import FusedMoEQuantConfig, QuantKey
 
 Array = Any
 
@@ -104,7 +104,7 @@ class ExpertWeights:
         width = self.activation.width(N)
         hidden = np.empty((P, width), np.float32) if h is None else h[: P * width].reshape(P, width)
         gate_up = grouped_gemm(
-            a, self.w1, expert_offsets, gather=gather, a_scale=_with_global(a_scale, config.a1), a_key=key,
+            a, self.w1, expert_offsets, gather=gather, a_scale=a_scale, a_key=key,
             out=gate_up, backend=self.backend,
         )  # fmt: skip
         hidden = activate(gate_up, self.activation, out=hidden, backend=self.backend)
@@ -115,11 +115,6 @@ class ExpertWeights:
             with np.errstate(all="ignore"):
                 hidden = hidden.astype(self.hidden_dtype)
         return grouped_gemm(
-            hidden, self.w2, expert_offsets, a_scale=_with_global(scale, config.a2), a_key=key, out=rows,
+            hidden, self.w2, expert_offsets, a_scale=scale, a_key=key, out=rows,
             backend=self.backend,
         )  # fmt: skip
-
-
-def _with_global(scale: Array | None, desc: FusedMoEQuantDesc) -> Any:
-    """Return the scales of an activation, with nvfp4's global one beside them if there is one."""
-    return scale if desc.gscale is None else (scale, desc.gscale)

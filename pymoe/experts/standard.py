@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from pymoe.activations import ActivationConfig
-from pymoe.config import FusedMoEParallelConfig
 from pymoe.contracts import ExpertTokensMetadata, FusedMoEActivationFormat, FusedMoEExpertsModular, TopKWeightAndReduce
 from pymoe.contracts.experts import Activation
-from pymoe.experts.routed import ExpertWeights, supports_quant_scheme
+from pymoe.experts.abilities import CpuAbilities
+from pymoe.experts.routed import ExpertWeights
 from pymoe.ops.permute import permute
 from pymoe.ops.unpermute import unpermute
-from pymoe.quantization import QuantKey
 from pymoe.weight_and_reduce import TopKWeightAndReduceNoOP
 
 Array = Any
 
 
-class StandardExperts(FusedMoEExpertsModular):
+class StandardExperts(CpuAbilities, FusedMoEExpertsModular):
     """Permute, GEMM1, activation, GEMM2, unpermute; every pair of schemes, activation and shape.
 
     Routed rows stay in float32 until they are weighed and summed, so that nothing is left to finalize.
@@ -32,29 +31,6 @@ class StandardExperts(FusedMoEExpertsModular):
     def supports_chunking(self) -> bool:
         # One scale over all rows of the intermediate would become one scale a chunk.
         return not self.quant_config.is_dynamic_per_tensor
-
-    def supports_expert_map(self) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_current_device() -> bool:
-        return True
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return True
-
-    @staticmethod
-    def _supports_activation(activation: Activation) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_quant_scheme(weight_key: QuantKey | None, activation_key: QuantKey | None) -> bool:
-        return supports_quant_scheme(weight_key, activation_key)
-
-    @staticmethod
-    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
-        return True
 
     def workspace_dtype(self, act_dtype: Any) -> Any:
         return "float32"

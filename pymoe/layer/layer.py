@@ -17,7 +17,7 @@ from pymoe.errors import ArgumentError, ClosedError, DTypeError, UnsupportedErro
 from pymoe.kernel import FusedMoEKernel
 from pymoe.layer.arguments import check_single_process, expert_map_of, gate_of, routing_of, topk_of
 from pymoe.layer.plan import Plan
-from pymoe.ops.route import route
+from pymoe.ops.route.router import route_as
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 from pymoe.select import Refusal, select
 from pymoe.tokens import local_ids
@@ -273,7 +273,7 @@ class MoELayer:
         else:
             rule = "be given to a layer without a gate"
             raise ArgumentError(complaint(call, "router_logits", rule, None, "Or give topk_weights and topk_ids"))
-        weights, ids = route(logits, self.routing, hidden_states=x, input_ids=input_ids)
+        weights, ids = route_as(call, logits, self.routing, hidden_states=x, input_ids=input_ids)
         return weights, checks.legal_ids(call, ids, self.num_experts)
 
     def _run(
@@ -325,7 +325,7 @@ class MoELayer:
         x = np.zeros((M, self.K), self.dtype)
         logits = np.zeros((M, self.num_experts), np.float32) if self.gate is None else self.gate(x)
         if self.routing.custom_routing_function is None:
-            route(logits, self.routing, hidden_states=x, input_ids=np.zeros(M, np.int64))
+            route_as("MoELayer.warm_up", logits, self.routing, hidden_states=x, input_ids=np.zeros(M, np.int64))
         ids = np.arange(M * self.topk, dtype=np.int32).reshape(M, self.topk) % self.num_experts
         kernel = self._kernel(self.dtype)[0]
         routed_only = FusedMoEKernel(kernel.prepare_finalize, kernel.fused_experts, chunk_size=self._chunk_size)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -248,6 +251,18 @@ def test_K5_config_json_that_is_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "ck" / "config.json")
     with pytest.raises(CheckpointError, match="be a regular file"):
         load_layer(tmp_path / "ck", 0)
+
+
+def test_K1_K6_code_beside_the_weights_is_not_imported(tmp_path):
+    """Neither what config.json names as the model's own code, nor modules under the names of ours and of libraries."""
+    mixtral(tmp_path / "ck", auto_map={"AutoModel": "modeling.Model"}, trust_remote_code=True)
+    for name in ("modeling", "mixtral", "json", "numpy", "ml_dtypes", "sitecustomize"):
+        (tmp_path / "ck" / f"{name}.py").write_text("raise SystemExit('imported')")
+    before = list(sys.path)
+    load_layer(tmp_path / "ck", 0)
+    assert sys.path == before
+    code = "import sys, pymoe.checkpoint as c; c.load_layer(sys.argv[1], 0); c.list_layers(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "ck"], check=True, cwd=Path(pymoe.__file__).parents[1])
 
 
 def test_missing_folder(tmp_path):

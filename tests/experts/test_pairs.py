@@ -21,7 +21,9 @@ from pymoe import (
     SingleProcessMonolithicPrepareAndFinalize,
     SingleProcessPrepareAndFinalize,
 )
+from pymoe.codec.weights import WeightOperand
 from pymoe.config import FusedMoEConfig, resolve_activation
+from pymoe.ops import grouped_gemm
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG
 
 BF16 = ml_dtypes.bfloat16
@@ -252,3 +254,39 @@ def test_repeated_ids_count_twice():
     p.scale[:] = 1
     once = dataclasses.replace(p, ids=np.array([[2, -1, -1]] * M, np.int32))
     np.testing.assert_allclose(standard(p), 3 * standard(once), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16])
+def test_the_intermediate_is_rounded_once_to_the_hidden_dtype(dtype):
+    """w2 multiplies h by 3, so that rounding h first shows in the last bit."""
+    rng = np.random.default_rng(0)
+    x, w1 = rng.standard_normal((50, K)).astype(dtype), (rng.standard_normal((1, 2 * WIDTH, K)) / 8).astype(dtype)
+    w2 = np.zeros((1, K, WIDTH), dtype)
+    w2[0, np.arange(WIDTH), np.arange(WIDTH)] = 3
+    y = pymoe.fused_experts(x, w1, w2, np.ones((50, 1), np.float32), np.zeros((50, 1), int))
+    z = grouped_gemm(x, WeightOperand.unquantized(w1), [0, 50])
+    h = pymoe.ops.activation(z, pymoe.ActivationConfig("silu"))
+    once = (3 * h.astype(dtype).astype(np.float32)).astype(dtype)
+    np.testing.assert_array_equal(y[:, :WIDTH], once)
+    assert (once != (3 * h).astype(dtype)).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_nvfp4_global_scales_of_activations(dtype):
+    """They divide: values near gscale * amax / 6 use the block scales' whole range; numbers stay those of float64."""
+    p = problem("nvfp4", dtype=dtype)
+    exact = standard(problem("nvfp4"), NumpyReferenceExperts)
+    gscale = np.array([448 * 6 / 4.0], np.float32)
+    config = dataclasses.replace(
+        p.quant_config,
+        a1=dataclasses.replace(p.quant_config.a1, gscale=gscale),
+        a2=dataclasses.replace(p.quant_config.a2, gscale=gscale),
+    )
+    scaled = dataclasses.replace(p, quant_config=config)
+    y = standard(scaled)
+    np.testing.assert_array_equal(
+        y, scaled.run(NaiveBatchedExperts(p.config(), config, 16, 1), BatchedPrepareAndFinalize(16, E))
+    )
+    close("nvfp4", y, standard(scaled, NumpyReferenceExperts))
+    norm = np.linalg.norm
+    assert norm(y.astype(np.float32) - exact) <= 0.2 * norm(exact)  # two quantizations to 1 mantissa bit

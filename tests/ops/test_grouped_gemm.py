@@ -43,7 +43,8 @@ def loops(a, w, offsets, gather=None):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize(
     "E, N, K, P",
-    [(1, 1, 1, 1), (3, 5, 7, 4), (2, 33, 15, 9), (5, 64, 16, 65), (4, 31, 130, 3), (7, 4, 65, 300), (2, 3, 17, 0)],
+    [(1, 1, 1, 1), (3, 5, 7, 4), (2, 33, 15, 9), (5, 64, 16, 65),
+     (4, 31, 130, 3), (7, 4, 65, 300), (1, 3, 5, 1000), (2, 3, 17, 0)],
 )  # fmt: skip
 def test_exact_integers_bit_for_bit(backend, dtype, E, N, K, P):
     w, a, offsets = integers((E, N, K), 1, dtype=dtype), integers((P, K), 2, dtype=dtype), offsets_for(E, P)
@@ -128,10 +129,10 @@ def test_decoded_weights_are_what_dequantize_says(scheme):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int8_sums_are_exact_integers(backend):
-    """2,500 products of 127 by 127 pass 2^24, where float32 sums would round."""
-    K = 2500
-    w = np.full((1, 3, K), 127, np.int8)
-    w[0, 1, ::2] = -126
+    """4,999 products of about 127 by 127 pass 2^26, where float32 sums would round to multiples of 8."""
+    K = 4999
+    w = np.random.default_rng(0).integers(120, 128, (1, 3, K)).astype(np.int8)
+    w[0, 1, ::2] *= -1
     config = pymoe.FusedMoEQuantConfig.int8_w8a8(
         w1_scale=np.ones((1, 3), np.float32),
         w2_scale=np.ones((1, K), np.float32),
@@ -145,6 +146,7 @@ def test_int8_sums_are_exact_integers(backend):
     y = grouped_gemm(a, operand, [0, 2], a_scale=scale, a_key=config.activation_key, backend=backend)
     exact = (a.astype(np.int64) @ w[0].astype(np.int64).T).astype(np.float32) * scale
     np.testing.assert_array_equal(y, exact)
+    assert (a.astype(np.int64) @ w[0].astype(np.int64).T).max() > 2**26
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

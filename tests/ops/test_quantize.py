@@ -51,7 +51,29 @@ def random_bits():
     return bits.view(np.float32)
 
 
+def neighbours(values):
+    values = np.asarray(values, np.float32)
+    return np.concatenate([values, np.nextafter(values, np.float32(np.inf)), np.nextafter(values, np.float32(0))])
+
+
+def edges_of_scales():
+    """Groups whose largest magnitude lies where a scale's exponent steps, and one row of exact ties for integers."""
+    amax = neighbours([m * 2.0**n for n in (-130, -118, -20, -1, 0, 9, 100) for m in (1.0, 1.5, 1.75)])
+    x = np.random.default_rng(SEED).uniform(-1, 1, (len(amax) + 1, 64)).astype(np.float32) * np.append(amax, 1)[:, None]
+    x[:-1, ::16] = amax[:, None]
+    x[-1] = np.arange(64) - 31.5
+    x[-1, ::16] = 127
+    return x.astype(np.float32)
+
+
+def tiny():
+    """So small that every floor of a scale of the whole matrix takes effect."""
+    return np.random.default_rng(SEED).standard_normal((6, 64)).astype(np.float32) * np.float32(2.0**-117)
+
+
 INPUTS = {
+    "edges of scales": edges_of_scales,
+    "tiny": tiny,
     "all bf16": all_bf16,
     "finite bf16": finite_bf16,
     "special rows": special_rows,
@@ -182,7 +204,11 @@ def test_given_channel_and_block_scales(backend):
 
 @pytest.mark.parametrize("gscale", [1.0, 17.25, 1e-3])
 def test_nvfp4_global_scale(gscale, backend):
-    x = np.random.default_rng(SEED).standard_normal((7, 64)).astype(np.float32)
+    # Largest magnitudes around the midpoints of e4m3, where the order of the product and the division shows.
+    middles = np.arange(8.5, 16) * np.array([[0.5], [1], [2], [4]])
+    amax = neighbours(middles.ravel().astype(np.float32) * F(6) / F(gscale)).reshape(-1, 4)
+    x = np.random.default_rng(SEED).uniform(-1, 1, (len(amax), 64)).astype(np.float32) * np.repeat(amax, 16, axis=1)
+    x[:, ::16] = amax
     codes, (block, back) = quantize(x, "kNvfp4Dynamic", scale=gscale)
     want = expected("kNvfp4Dynamic", x, global_scale=F(gscale))
     same_bits(unpacked(codes, "kNvfp4Dynamic"), want[0])

@@ -115,7 +115,7 @@ ERRORS = {
     "backend": (
         lambda: quantize_activations(X, config_of("fp8_w8a8"), backend="cuda"),
         ArgumentError,
-        "backend must be 'numpy'",
+        "backend must be numpy",
     ),
     "which": (
         lambda: quantize_activations(X, config_of("fp8_w8a8"), "w1"),

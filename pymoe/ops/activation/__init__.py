@@ -9,6 +9,7 @@ import numpy as np
 from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.device.arrays import as_numpy
+from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, ShapeError, complaint
 from pymoe.ops.activation import _numpy
 
@@ -93,10 +94,8 @@ def activation(
 
 def _implementation(backend: str | None) -> Any:
     """Return the module that computes; Numba is loaded on first use only."""
-    if backend == "numpy":
+    if not uses_numba("activation", backend):
         return _numpy
-    if backend not in (None, "numba"):
-        raise ArgumentError(complaint("activation", "backend", "be numpy, numba or None", repr(backend)))
     from pymoe.ops.activation import _numba
 
     return _numba

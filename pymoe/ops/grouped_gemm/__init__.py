@@ -12,6 +12,7 @@ from pymoe.codec.fp4 import unpack_nibbles
 from pymoe.codec.fp8 import decode_e4m3
 from pymoe.codec.weights import WeightOperand, code_table
 from pymoe.device.arrays import as_float32, as_numpy
+from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.ops.grouped_gemm import _numpy
 from pymoe.quantization import QuantKey
@@ -49,7 +50,7 @@ def grouped_gemm(
     gather : ndarray, (P,), integer, optional
         Row of `a` for each row; None is the row itself.
     a_scale : ndarray, optional
-        (1,) for all rows, (rows, 1) a row, or (rows, groups) along k; a pair of that and nvfp4's global scale.
+        (1,) for all rows, (rows, 1) a row, or (rows, groups) along k.
     a_key : QuantKey, optional
         How `a` is quantized; None where it is floats.
     out : ndarray, (P, N) float32, C-contiguous, optional
@@ -76,8 +77,7 @@ def grouped_gemm(
     ------
     vLLM 0.33.0 ``fused_moe_kernel``; differs: no padding of rows, float32 result.
     """
-    if backend not in (None, "numpy", "numba"):
-        raise ArgumentError(complaint(_CALL, "backend", "be 'numpy', 'numba' or None", repr(backend)))
+    numba = uses_numba(_CALL, backend)
     a = as_numpy(_CALL, "a", a)
     E, N = w.codes.shape[:2]
     offsets, gather = _rows(expert_offsets, E, gather, a)
@@ -94,12 +94,12 @@ def grouped_gemm(
     blocked = blocked and a_scale is not None
     group = w.block[1] if blocked else w.K
     if P and N:
-        if backend == "numpy":
-            _numpy.grouped_gemm(rows, w, offsets, gather, a_scale, group, out)
-        else:
+        if numba:
             from pymoe.ops.grouped_gemm import _numba
 
             _numba.grouped_gemm(rows, w, offsets, gather, a_scale, group, out)
+        else:
+            _numpy.grouped_gemm(rows, w, offsets, gather, a_scale, group, out)
         if w.bias is not None:
             _add_bias(out, offsets, w.bias)
     return out
@@ -138,7 +138,6 @@ def _activations(a: Array, w: WeightOperand, key: QuantKey | None, scale: Any) -
     values = code_table(key.dtype)[unpack_nibbles(codes) if key.is_packed else codes]
     if scale is None:
         raise ArgumentError(complaint(_CALL, "a_scale", f"be given for {key.name}", None))
-    scale, gscale = scale if isinstance(scale, tuple) else (scale, None)
     scale = as_numpy(_CALL, "a_scale", scale)
     if key.scale.group_shape.col <= 1:
         if scale.size not in (1, a.shape[0]):
@@ -150,8 +149,6 @@ def _activations(a: Array, w: WeightOperand, key: QuantKey | None, scale: Any) -
     if w.key is not None and w.key.dtype in ("fp8", "int8") and extent == w.block[1] and w.block[0] > 1:
         return values, factors
     with np.errstate(all="ignore"):
-        if gscale is not None:
-            factors = factors / np.asarray(gscale, np.float32)
         for g in range(factors.shape[1]):
             values[:, g * extent : (g + 1) * extent] *= factors[:, g : g + 1]
     return values, None

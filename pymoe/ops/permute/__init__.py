@@ -9,8 +9,9 @@ import numpy as np
 from pymoe import checks
 from pymoe.contracts import RowMap
 from pymoe.device.arrays import as_numpy
+from pymoe.device.backend import uses_numba
 from pymoe.environment import is_checked
-from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
+from pymoe.errors import DTypeError, ShapeError, complaint
 from pymoe.ops.permute import _numpy
 from pymoe.ops.permute.align import batched_moe_align_block_size, moe_align_block_size
 
@@ -161,10 +162,8 @@ def _routing(
 
 def _implementation(call: str, backend: str | None) -> Any:
     """Return the module that computes; Numba is loaded on first use only."""
-    if backend == "numpy":
+    if not uses_numba(call, backend):
         return _numpy
-    if backend not in (None, "numba"):
-        raise ArgumentError(complaint(call, "backend", "be numpy, numba or None", repr(backend)))
     from pymoe.ops.permute import _numba
 
     return _numba

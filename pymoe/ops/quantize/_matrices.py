@@ -9,6 +9,7 @@ import numpy as np
 from pymoe.codec.e8m0 import decode_e8m0
 from pymoe.codec.fp4 import decode_e2m1, unpack_nibbles
 from pymoe.codec.fp8 import decode_e4m3
+from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, ShapeError, complaint
 from pymoe.ops.quantize import _numpy as definition
 from pymoe.ops.quantize import _rules as rules
@@ -28,10 +29,8 @@ class Quantized(NamedTuple):
 
 def kernels(backend: str | None) -> Any:
     """Return the module that has `extremes` and `encode` for `backend`, or refuse its name."""
-    if backend == "numpy":
+    if not uses_numba("quantize_activations", backend):
         return definition
-    if backend not in (None, "numba"):
-        raise ArgumentError(complaint("quantize_activations", "backend", "be 'numpy', 'numba' or None", repr(backend)))
     from pymoe.ops.quantize import _numba
 
     return _numba

@@ -10,7 +10,8 @@ import numpy as np
 from pymoe import checks
 from pymoe.config import RoutingConfig, RoutingMethodType
 from pymoe.device.arrays import as_float32, as_numpy, is_integer
-from pymoe.errors import ArgumentError, DTypeError, complaint
+from pymoe.device.backend import uses_numba
+from pymoe.errors import DTypeError, complaint
 from pymoe.ops.route import _numpy
 from pymoe.ops.route._rule import resolve
 from pymoe.ops.route.simulate import simulate_routing
@@ -99,13 +100,12 @@ def route_as(
     M, E = logits.shape
     rule = resolve(call, config, E)
     hidden_states, input_ids = _tokens(call, hidden_states, input_ids, M)
-    if backend not in (None, "numpy", "numba"):
-        raise ArgumentError(complaint(call, "backend", "be numpy, numba or None", repr(backend)))
+    numba = uses_numba(call, backend)
     if config.method is RoutingMethodType.Custom:
         return _route_custom(call, logits, config, hidden_states, input_ids)
     if config.method is RoutingMethodType.Simulated:
         return simulate_routing(M, E, config.topk)
-    if backend == "numpy":
+    if not numba:
         return _numpy.route_rows(as_float32(logits), rule)
     from pymoe.ops.route import _numba
 

@@ -9,6 +9,7 @@ import numpy as np
 from pymoe import checks
 from pymoe.contracts import RowMap
 from pymoe.device.arrays import as_float32, as_numpy
+from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, ShapeError, complaint
 from pymoe.ops.unpermute import _numpy
 
@@ -100,10 +101,8 @@ def unpermute(
 
 def _implementation(backend: str | None) -> Any:
     """Return the module that computes; Numba is loaded on first use only."""
-    if backend == "numpy":
+    if not uses_numba("unpermute", backend):
         return _numpy
-    if backend not in (None, "numba"):
-        raise ArgumentError(complaint("unpermute", "backend", "be numpy, numba or None", repr(backend)))
     from pymoe.ops.unpermute import _numba
 
     return _numba

@@ -8,6 +8,7 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.device.arrays import as_float32, as_numpy
+from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, DTypeError, complaint
 from pymoe.ops.weight_reduce import _numpy
 
@@ -99,10 +100,8 @@ def weight_reduce(
 
 def _implementation(backend: str | None) -> Any:
     """Return the module that computes; Numba is loaded on first use only."""
-    if backend == "numpy":
+    if not uses_numba("weight_reduce", backend):
         return _numpy
-    if backend not in (None, "numba"):
-        raise ArgumentError(complaint("weight_reduce", "backend", "be numpy, numba or None", repr(backend)))
     from pymoe.ops.weight_reduce import _numba
 
     return _numba

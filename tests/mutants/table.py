@@ -1,0 +1,85 @@
+"""Deliberate faults, each with the test file that must go red; `old` stands exactly once in its file."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One fault: replace `old` by `new` in `file`, then `killer` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    killer: str
+
+
+GEMM = "pymoe/ops/grouped_gemm/_numba.py"
+LANES = "pymoe/ops/grouped_gemm/_lanes.py"
+PERMUTE = "pymoe/ops/permute/_numba.py"
+UNPERMUTE = "pymoe/ops/unpermute/_numba.py"
+RULES = "pymoe/ops/quantize/_rules.py"
+WEIGHTS = "pymoe/codec/weights.py"
+MODULAR = "pymoe/kernel/modular.py"
+LAYER = "pymoe/layer/layer.py"
+CHECKS = "pymoe/checks.py"
+READER = "pymoe/checkpoint/safetensors.py"
+ROUTE = "pymoe/ops/route/_numba.py"
+TEST_GEMM = "tests/ops/test_grouped_gemm.py"
+TEST_ROUTE = "tests/ops/test_route_backends.py"
+
+MUTANTS = [
+    # GEMM: tails, tiles, offsets
+    Mutant("last tile of output features is skipped", GEMM, "for n in range(0, N, N_TILE)", "for n in range(0, N - N % N_TILE or N, N_TILE)", TEST_GEMM),
+    Mutant("last row of a tile of four is skipped", GEMM, "count = min(4, row1 - row)", "count = min(3, row1 - row)", TEST_GEMM),
+    Mutant("rows after the first 256 are skipped", GEMM, "for row in range(int(expert_offsets[e]), int(expert_offsets[e + 1]), ROW_TILE):", "for row in [int(expert_offsets[e])]:", TEST_GEMM),
+    Mutant("the tail of k is not multiplied", GEMM, "padded = -(-group // LANES) * LANES if group < K else -(-K // LANES) * LANES", "padded = -(-group // LANES) * LANES if group < K else max(K // LANES, 1) * LANES", TEST_GEMM),
+    Mutant("gather is ignored", GEMM, "starts[i] = gather[min(row + i, row1 - 1)] * width", "starts[i] = min(row + i, row1 - 1) * width", TEST_GEMM),
+    Mutant("int8 sums pass 2^24 in float32", GEMM, "EXACT_GROUP = 1024", "EXACT_GROUP = 1 << 20", TEST_GEMM),
+    Mutant("high and low nibble are swapped", GEMM, "to[k - k0] = table[(byte >> 4) if k & 1 else (byte & 15)]", "to[k - k0] = table[(byte & 15) if k & 1 else (byte >> 4)]", TEST_GEMM),
+    Mutant("zero points of odd rows are those of even ones", GEMM, "value -= np.float32((byte >> 4) if n & 1 else (byte & 15))", "value -= np.float32(byte & 15)", TEST_GEMM),
+    Mutant("the row's scale is left out", GEMM, "value *= factors[source, 0]", "value *= np.float32(1)", TEST_GEMM),
+    Mutant("a block's scale is that of the block before", GEMM, "_scale_at(scale, scale_table, e, (n + j) // bn, g)", "_scale_at(scale, scale_table, e, (n + j) // bn, max(g - 1, 0))", TEST_GEMM),
+    Mutant("lanes are added without the last two", LANES, "for first in (0, width)", "for first in (0, max(width - 1, 0))", TEST_GEMM),
+    Mutant("interleaved tensor scales are taken as halves", WEIGHTS, "np.tile(scale, (1, N // 2)) if interleaved else", "np.repeat(scale, N // 2, axis=1) if interleaved else", TEST_GEMM),
+    Mutant("the bias is added once too often", "pymoe/ops/grouped_gemm/__init__.py", "out[offsets[e] : offsets[e + 1]] += bias[e]", "out[offsets[e] : offsets[e + 1]] += 2 * bias[e]", TEST_GEMM),
+    # Permute, unpermute, reduce
+    Mutant("ids are only checked from above", PERMUTE, "if ids[s] >= 0 and ids[s] < ids_end:", "if ids[s] < ids_end:", "tests/ops/test_permute.py"),
+    Mutant("ids are only checked from below", PERMUTE, "if ids[s] >= 0 and ids[s] < ids_end:", "if ids[s] >= 0:", "tests/ops/test_permute.py"),
+    Mutant("the expert map is ignored", PERMUTE, "local = expert_map[ids[s]] if mapped else ids[s]", "local = ids[s]", "tests/ops/test_permute.py"),
+    Mutant("a dead slot adds weight times garbage", UNPERMUTE, "        if places[j] < 0:\n            continue\n", "", "tests/ops/test_unpermute.py"),
+    Mutant("the sum skips the first slot", UNPERMUTE, "for j in range(len(places)):", "for j in range(1, len(places)):", "tests/ops/test_unpermute.py"),
+    Mutant("bf16 rounds half up instead of to even", UNPERMUTE, "rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16", "rounded = (b + 0x8000) >> 16", "tests/ops/test_unpermute.py"),
+    # Activation
+    Mutant("sigmoid gets the wrong sign", "pymoe/ops/activation/_numba.py", "return g / (_ONE + _exp(minus_alpha * g))", "return g / (_ONE + _exp(-minus_alpha * g))", "tests/ops/test_activation.py"),
+    # Quantize
+    Mutant("fp8 scales divide by 240", RULES, "scale = np.maximum(amax / _448, TOKEN_FLOOR)", "scale = np.maximum(amax / np.float32(240), TOKEN_FLOOR)", "tests/ops/test_quantize.py"),
+    Mutant("an all-zero group divides by zero", RULES, "scale = np.maximum(amax, TINY_AMAX) / _448", "scale = amax / _448", "tests/corpus/test_F_numerics.py"),
+    Mutant("mx exponents are floored", RULES, "power = (bits >> 23) - exponent + ((bits & 0x7FFFFF) > threshold)", "power = (bits >> 23) - exponent", "tests/ops/test_quantize.py"),
+    Mutant("e4m3 overflows to NaN", "pymoe/codec/fp8.py", "inside = np.clip(x, np.float32(-E4M3_MAX), np.float32(E4M3_MAX))", "inside = np.asarray(x, np.float32)", "tests/codec/test_fp8.py"),
+    Mutant("padding enters a scale that all tokens share", "pymoe/prepare_finalize/single.py", 'quantize_activations(a1, quant_config, "a1", live=live)', 'quantize_activations(a1, quant_config, "a1")', "tests/experts/test_pairs.py"),
+    # Route
+    Mutant("NaN logits count as the largest", ROUTE, "(LARGEST if v > LARGEST else MINUS_INFINITY)", "LARGEST", TEST_ROUTE),
+    Mutant("the largest logit is not subtracted", ROUTE, "powers[e] = _exp(np.float64(x[e]) - top)", "powers[e] = _exp(np.float64(x[e]))", TEST_ROUTE),
+    Mutant("experts outside the kept groups may be chosen", "pymoe/ops/route/_numpy.py", "ids = np.lexsort((-choice, ~eligible), axis=-1)", "ids = np.lexsort((-choice,), axis=-1)", "tests/ops/test_route.py"),
+    Mutant("a weight sum of zero divides", "pymoe/ops/route/_numpy.py", "w = np.where(total > 0, w / (total + rule.epsilon), 0.0)", "w = w / (total + rule.epsilon)", "tests/ops/test_route_robust.py"),
+    # Kernel
+    Mutant("the last chunk is dropped", MODULAR, "return -(-M // chunk), chunk", "return M // chunk, chunk", "tests/kernel/test_modular.py"),
+    Mutant("workspace13 of a chunk is the output of all", MODULAR, "if M_chunk < M_full:", "if M_chunk < 0:", "tests/kernel/test_modular.py"),
+    Mutant("finalize is skipped without rows", MODULAR, "            self.prepare_finalize.finalize(*arguments)\n", "            if len(fused_out):\n                self.prepare_finalize.finalize(*arguments)\n", "tests/kernel/test_modular.py"),
+    Mutant("the receiver runs before the hook", MODULAR, "                if hook is not None:\n                    hook()\n                receiver()\n", "                receiver()\n                if hook is not None:\n                    hook()\n", "tests/kernel/test_modular.py"),
+    Mutant("shared experts get the chunk's input too late", MODULAR, "shared_input = hidden_states if shared_experts_input is None else shared_experts_input", "shared_input = hidden_states", "tests/kernel/test_modular.py"),
+    Mutant("h is not rounded to the hidden dtype", "pymoe/experts/routed.py", "hidden = hidden.astype(self.hidden_dtype)", "pass", "tests/experts/test_pairs.py"),
+    Mutant("router weights apply twice on the input", "pymoe/experts/standard.py", "topk_weights=None if apply_router_weight_on_input else topk_weights", "topk_weights=topk_weights", "tests/test_layer.py"),
+    Mutant("unused rows of a slab keep what memory held", "pymoe/experts/naive_batched.py", "        output[...] = 0\n", "", "tests/experts/test_slabs.py"),
+    # Layer and checks
+    Mutant("shared and routed are rounded one by one", LAYER, "            routed += beside.astype(np.float32)\n            out[...] = routed.astype(x.dtype)\n", "            out[...] = routed.astype(x.dtype) + beside.astype(x.dtype)\n", "tests/test_layer.py"),
+    Mutant("an output may overlap an input", CHECKS, 'raise ArgumentError(complaint(call, "out", f"not overlap {label}", "shared memory"))', "pass", "tests/test_layer.py"),
+    Mutant("wide ids wrap into the range", CHECKS, "    legal = (topk_ids >= 0) & (topk_ids < global_num_experts)\n    if is_checked()", "    topk_ids = topk_ids.astype(np.int32)\n    legal = (topk_ids >= 0) & (topk_ids < global_num_experts)\n    if is_checked()", "tests/test_functional.py"),
+    Mutant("the load counts dead slots", LAYER, "ids[local >= 0]", "np.maximum(ids, 0)[ids < self.num_experts]", "tests/test_layer.py"),
+    Mutant("threads miss the last block", "pymoe/device/threads.py", "bounds = [min(units * i // blocks * grain, count) for i in range(blocks + 1)]", "bounds = [min(units * i // blocks * grain, count - 1) for i in range(blocks + 1)]", "tests/device/test_threads.py"),
+    # Checkpoints
+    Mutant("offsets may leave holes", READER, "if entry.start != at:", "if entry.start < at:", "tests/checkpoint/test_safetensors.py"),
+    Mutant("up rows are gate rows", "pymoe/checkpoint/mixtral.py", 'w1[local, width:] = tensors[_name(layer, "w3", e)]', 'w1[local, width:] = tensors[_name(layer, "w1", e)]', "tests/checkpoint/test_mixtral.py"),
+]  # fmt: skip
