@@ -149,7 +149,7 @@ def function_faults(path: str, node: ast.FunctionDef | ast.AsyncFunctionDef, pre
     if lines > FUNCTION_LINES:
         faults.append(f"{path}:{node.lineno}: {prefix}{node.name} has {lines} lines, more than {FUNCTION_LINES}")
     arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    count = len([a for a in arguments if a not in ("self", "cls")])
+    count = len([a for a in arguments if a not in ("self", "cls", "typingctx")])
     bound = node.name in BOUND or prefix + node.name in BOUND
     if count > PARAMETERS and not bound and not (prefix + node.name).startswith("_") and "._" not in prefix + node.name:
         faults.append(f"{path}:{node.lineno}: {prefix}{node.name} has {count} parameters, more than {PARAMETERS}")

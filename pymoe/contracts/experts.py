@@ -119,7 +119,7 @@ class FusedMoEExperts(abc.ABC):
         activation_key: QuantKey | None,
         activation_format: FusedMoEActivationFormat,
     ) -> tuple[bool, str | None]:
-        """Ask every predicate in the seed's order; return (True, None) or (False, the first reason)."""
+        """Ask every predicate in the contract's order; return (True, None) or (False, the first reason)."""
         method = moe_config.routing_method
         activation = moe_config.activation.activation
         assert isinstance(activation, MoEActivation | RegisteredActivation)
