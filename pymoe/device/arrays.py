@@ -13,8 +13,15 @@ Array = Any
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HIDDEN_DTYPES = (np.dtype("float32"), np.dtype("float16"), BFLOAT16)
-_REFUSED_NARROW = ("float8_e5m2", "float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e3m4")
-_REFUSED_PACKED = ("int4", "uint4", "int2", "uint2", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
+
+
+def _known(*names: str) -> frozenset[np.dtype]:
+    """Return the ml_dtypes among `names`; compared as dtypes, since a dtype's name is built anew each time."""
+    return frozenset(np.dtype(getattr(ml_dtypes, name)) for name in names if hasattr(ml_dtypes, name))
+
+
+_REFUSED_NARROW = _known("float8_e5m2", "float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e3m4")
+_REFUSED_PACKED = _known("int4", "uint4", "int2", "uint2", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
 
 
 def as_numpy(call: str, argument: str, x: Any) -> np.ndarray:
@@ -45,9 +52,9 @@ def as_numpy(call: str, argument: str, x: Any) -> np.ndarray:
         raise DTypeError(
             complaint(call, argument, "be in native byte order", dtype.str, "Use x.astype(x.dtype.newbyteorder('='))")
         )
-    if dtype.name in _REFUSED_PACKED:
+    if dtype in _REFUSED_PACKED:
         raise DTypeError(complaint(call, argument, "pack narrow codes in uint8", dtype.name, "See docs/shapes"))
-    if dtype.name in _REFUSED_NARROW:
+    if dtype in _REFUSED_NARROW:
         raise UnsupportedError(complaint(call, argument, "be e4m3fn where it is fp8", dtype.name))
     return x
 

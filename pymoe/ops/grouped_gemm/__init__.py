@@ -11,7 +11,7 @@ from pymoe.codec.e8m0 import decode_e8m0
 from pymoe.codec.fp4 import unpack_nibbles
 from pymoe.codec.fp8 import decode_e4m3
 from pymoe.codec.weights import WeightOperand, code_table
-from pymoe.device.arrays import as_float32, as_numpy
+from pymoe.device.arrays import HIDDEN_DTYPES, as_float32, as_numpy
 from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.ops.grouped_gemm import _numpy
@@ -129,7 +129,7 @@ def _activations(a: Array, w: WeightOperand, key: QuantKey | None, scale: Any) -
     packed = 2 if key is not None and key.is_packed else 1
     checks.shape(_CALL, "a", a, (None, w.K // packed))
     if key is None:
-        if a.dtype.name not in ("float32", "float16", "bfloat16"):
+        if a.dtype not in HIDDEN_DTYPES:
             raise DTypeError(complaint(_CALL, "a", "be float32, float16 or bfloat16 without a_key", a.dtype))
         return as_float32(a), None
     codes = a.view(np.uint8) if a.dtype.itemsize == 1 else a
