@@ -155,6 +155,7 @@ class FusedMoEQuantConfig:
             raise UnsupportedError(complaint(call, "quant_dtype", rule, a_dtype))
         block = _block(call, block_shape, w_dtype, a_dtype)
         weights = {"scale": (w1_scale, w2_scale), "scale_2": (w1_scale_2, w2_scale_2), "zp": (w1_zp, w2_zp)}
+        a1_scale, a2_scale, a1_gscale, a2_gscale = map(_number, (a1_scale, a2_scale, a1_gscale, a2_gscale))
         activations = {"scale": (a1_scale, a2_scale), "gscale": (a1_gscale, a2_gscale)}
         _check_flags(call, w_dtype, a_dtype, bool(per_act_token_quant), bool(per_out_ch_quant), block)
         _check_operands(call, w_dtype, a_dtype, weights, activations, bool(per_act_token_quant), block)
@@ -285,6 +286,11 @@ class FusedMoEQuantConfig:
 
 
 FUSED_MOE_UNQUANTIZED_CONFIG = FusedMoEQuantConfig()
+
+
+def _number(value: Any) -> Array | None:
+    """Return a Python number as an array of one, anything else as it is."""
+    return np.asarray([value], np.float32) if isinstance(value, int | float) else value
 
 
 def _block(call: str, block_shape: Any, w_dtype: str | None, a_dtype: str | None) -> tuple[int, int] | None:

@@ -290,3 +290,21 @@ def test_nvfp4_global_scales_of_activations(dtype):
     close("nvfp4", y, standard(scaled, NumpyReferenceExperts))
     norm = np.linalg.norm
     assert norm(y.astype(np.float32) - exact) <= 0.2 * norm(exact)  # two quantizations to 1 mantissa bit
+
+
+@pytest.mark.parametrize(
+    "kind", [float, np.float32, lambda v: np.array(v, np.float64), lambda v: np.array([[v]], BF16)]
+)
+def test_static_scales_may_come_as_numbers_or_arrays_of_any_float(kind):
+    p = problem("fp8_w8a8_tensor")
+    config = pymoe.FusedMoEQuantConfig.fp8_w8a8(
+        w1_scale=p.quant_config.w1.scale.astype(np.float64),
+        w2_scale=p.quant_config.w2.scale.astype(np.float64),
+        a1_scale=kind(0.0625),
+        a2_scale=kind(0.03125),
+    )
+    static = dataclasses.replace(p, quant_config=config)
+    y = standard(static)
+    np.testing.assert_array_equal(y, pymoe.fused_experts(p.x, p.w1, p.w2, p.scale, p.ids, quant_config=config))
+    np.testing.assert_array_equal(y, standard(static, chunk_size=4))
+    close("fp8", y, standard(static, NumpyReferenceExperts))
