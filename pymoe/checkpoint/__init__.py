@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face layouts: one module a model family, one reader of safetensors for all."""
+"""Checkpoints in Hugging Face layouts: one module a family of names, one reader of safetensors for all."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import os
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from pymoe import checks
-from pymoe.checkpoint import mixtral
+from pymoe.checkpoint.mixtral import MIXTRAL
+from pymoe.checkpoint.per_expert import PerExpertLayout
+from pymoe.checkpoint.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from pymoe.checkpoint.safetensors import SafetensorsFile, SafetensorsFolder, fail, read_json
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
 from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 
 __all__ = ["LayerSummary", "LayerWeights", "SafetensorsFile", "SafetensorsFolder", "list_layers", "load_layer"]
 
-FAMILIES: dict[str, ModuleType] = {"mixtral": mixtral}
+FAMILIES: dict[str, PerExpertLayout] = {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": QWEN3_MOE}
 """Reader by ``model_type`` of config.json; each has `layers` and `load`."""
 
 
@@ -83,7 +84,7 @@ def _dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def _open(call: str, folder: Any) -> tuple[SafetensorsFolder, dict[str, Any], ModuleType]:
+def _open(call: str, folder: Any) -> tuple[SafetensorsFolder, dict[str, Any], PerExpertLayout]:
     """Return the tensors, config.json and the family's reader."""
     if not isinstance(folder, str | os.PathLike):
         raise DTypeError(complaint(call, "folder", "be a path", type(folder).__name__))

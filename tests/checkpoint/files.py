@@ -60,3 +60,27 @@ def mixtral(folder, E=4, K=16, width=8, layers=(0,), dtype=np.float32, topk=2, s
         where |= {name: file for name in mine}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return tensors
+
+
+def qwen(folder, E=4, K=16, width=8, shared=0, dtype=np.float32, topk=2, seed=0, layer=0, **config):
+    """Write a small Qwen2-MoE (with a shared expert) or Qwen3-MoE checkpoint; return its tensors."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    prefix = f"model.layers.{layer}.mlp"
+    tensors = {f"{prefix}.gate.weight": rng.standard_normal((E, K)).astype(dtype)}
+
+    def dense(name, rows):
+        for part, shape in (("gate_proj", (rows, K)), ("up_proj", (rows, K)), ("down_proj", (K, rows))):
+            tensors[f"{name}.{part}.weight"] = (rng.standard_normal(shape) / 4).astype(dtype)
+
+    for e in range(E):
+        dense(f"{prefix}.experts.{e}", width)
+    if shared:
+        dense(f"{prefix}.shared_expert", shared)
+        tensors[f"{prefix}.shared_expert_gate.weight"] = rng.standard_normal((1, K)).astype(dtype)
+    dense("model.layers.9.mlp", 5)  # a dense layer, which has no router
+    described = {"model_type": "qwen2_moe" if shared else "qwen3_moe", "num_experts": E, "num_experts_per_tok": topk,
+                 "hidden_act": "silu"}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(described | config))
+    write(folder / "model.safetensors", tensors)
+    return tensors

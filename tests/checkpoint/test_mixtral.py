@@ -90,7 +90,7 @@ def test_list_layers(tmp_path):
 @pytest.mark.parametrize(
     "config, kind, text",
     [
-        ({"model_type": "gpt2"}, UnsupportedError, "model_type among mixtral; got 'gpt2'"),
+        ({"model_type": "gpt2"}, UnsupportedError, "model_type among mixtral, qwen2_moe, qwen3_moe; got 'gpt2'"),
         ({"model_type": ["mixtral"]}, UnsupportedError, "model_type among mixtral"),
         ({"num_local_experts": "4"}, CheckpointError, "num_local_experts"),
         ({"num_local_experts": True}, CheckpointError, "num_local_experts"),
