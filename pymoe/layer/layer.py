@@ -144,7 +144,7 @@ class MoELayer:
         Parameters
         ----------
         folder : path
-            With ``config.json`` and safetensors files; Mixtral's layout.
+            With ``config.json`` and safetensors files, of a family in `pymoe.checkpoint`.
         layer : int
             Number of the decoder layer.
         experts : sequence of int, optional
