@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
+from pymoe.checkpoint.deepseek_v3 import DEEPSEEK_V3
 from pymoe.checkpoint.mixtral import MIXTRAL
 from pymoe.checkpoint.per_expert import PerExpertLayout
 from pymoe.checkpoint.qwen_moe import QWEN2_MOE, QWEN3_MOE
@@ -20,7 +21,12 @@ from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 
 __all__ = ["LayerSummary", "LayerWeights", "SafetensorsFile", "SafetensorsFolder", "list_layers", "load_layer"]
 
-FAMILIES: dict[str, PerExpertLayout] = {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "qwen3_moe": QWEN3_MOE}
+FAMILIES: dict[str, PerExpertLayout] = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+}
 """Reader by ``model_type`` of config.json; each has `layers` and `load`."""
 
 
@@ -97,7 +103,16 @@ def _open(call: str, folder: Any) -> tuple[SafetensorsFolder, dict[str, Any], Pe
     if family is None:
         rule = f"have a model_type among {', '.join(FAMILIES)}"
         raise UnsupportedError(complaint("checkpoint", str(path / "config.json"), rule, reprlib.repr(kind)))
-    if config.get("quantization_config") is not None:
-        rule = "have no quantization_config"
-        raise UnsupportedError(complaint("checkpoint", str(path / "config.json"), rule, "one"))
+    _check_quantization(path, config, family)
     return SafetensorsFolder(path), config, family
+
+
+def _check_quantization(path: Path, config: dict[str, Any], family: PerExpertLayout) -> None:
+    """Refuse a quantized checkpoint, unless it is in the fp8 blocks that the family reads."""
+    found = config.get("quantization_config")
+    if found is None:
+        return
+    reads = {"quant_method": "fp8", "weight_block_size": [128, 128]} if family is DEEPSEEK_V3 else None
+    if reads is None or not isinstance(found, dict) or any(found.get(name) != value for name, value in reads.items()):
+        rule = "have no quantization_config" + ("" if reads is None else f" but {reads}")
+        raise UnsupportedError(complaint("checkpoint", str(path / "config.json"), rule, reprlib.repr(found)))

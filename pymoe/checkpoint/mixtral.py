@@ -8,11 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from pymoe.checkpoint.per_expert import PerExpertLayout
+from pymoe.checkpoint.safetensors import SafetensorsFolder
 from pymoe.config import RoutingConfig
 
 
-def _routing(topk: int, config: dict[str, Any], path: Any) -> RoutingConfig:
-    return RoutingConfig(topk, routing_method="Renormalize")
+class MixtralLayout(PerExpertLayout):
+    """The family's names and router."""
+
+    def _routing(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, topk: int) -> RoutingConfig:
+        return RoutingConfig(topk, routing_method="Renormalize")
 
 
-MIXTRAL = PerExpertLayout("block_sparse_moe", "w1", "w3", "w2", "num_local_experts", _routing)
+MIXTRAL = MixtralLayout("block_sparse_moe", "w1", "w3", "w2", "num_local_experts")

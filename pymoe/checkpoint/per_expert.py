@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from pymoe.config import RoutingConfig
 from pymoe.dense import SharedExperts
 from pymoe.errors import ArgumentError, complaint
 
-_FLOATS = ("float32", "float16", "bfloat16")
+Array = Any
+
+FLOATS = ("float32", "float16", "bfloat16")
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -32,7 +34,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class PerExpertLayout:
-    """Names of one family.
+    """Names of one family; a subclass adds its router.
 
     Attributes
     ----------
@@ -42,10 +44,12 @@ class PerExpertLayout:
         Projections of an expert: (I, K), (I, K) and (K, I).
     num_experts : str
         Field of config.json that counts experts; ``num_experts_per_tok`` is topk in all.
-    routing : callable
-        ``(topk, config, path) -> RoutingConfig``.
     shared : str, optional
-        Name of the shared expert in the block; its gate is that name with ``_gate``.
+        Name of the shared expert in the block.
+    shared_gate : bool
+        Whether it has a gate of its own, under its name with ``_gate``.
+    dtypes : tuple of str
+        Of the experts' weights.
     """
 
     block: str
@@ -53,8 +57,9 @@ class PerExpertLayout:
     up: str
     down: str
     num_experts: str
-    routing: Callable[[int, dict[str, Any], Any], RoutingConfig]
     shared: str | None = None
+    shared_gate: bool = True
+    dtypes: tuple[str, ...] = FLOATS
 
     def layers(self, tensors: SafetensorsFolder, config: dict[str, Any]) -> list[LayerSummary]:
         """Return a summary of every MoE layer, in order."""
@@ -69,28 +74,47 @@ class PerExpertLayout:
         dtype: np.dtype | None,
     ) -> LayerWeights:
         """Return layer number `layer` with the asked experts; only their bytes are read."""
+        E, topk, chosen = self._request(tensors, config, layer, experts)
+        activation = activation_of(tensors, config)
+        routing = self._routing(tensors, config, layer, topk)
+        # All headers are checked before memory is taken, so that a lying config.json costs none.
+        width, K, own = self._geometry(tensors, layer, E, chosen)
+        target = own if dtype is None else dtype
+        shared = self._shared(tensors, layer, K, own, target, activation)
+        w1, w2 = self._read(tensors, layer, chosen, (width, K), target)
+        gate = tensors[self._name(layer, "gate")].copy()
+        return LayerWeights(
+            w1, w2, gate, E, topk, tuple(chosen), routing, activation, target.name, shared_experts=shared
+        )  # fmt: skip
+
+    def _request(
+        self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, experts: list[int] | None
+    ) -> tuple[int, int, list[int]]:
+        """Return (experts of the checkpoint, topk, the asked ids), or refuse a layer or an id that is not there."""
         E, topk = _sizes(tensors, config, self.num_experts)
         if self._name(layer, "gate") not in tensors:
             raise fail(tensors.folder, f"hold an MoE layer {layer}", f"layers {reprlib.repr(self._numbers(tensors))}")
         chosen = list(range(E)) if experts is None else experts
         if any(e >= E for e in chosen):
             raise ArgumentError(complaint("load_layer", "experts", f"be ids in 0..{E - 1}", reprlib.repr(chosen)))
-        activation = _activation(tensors, config)
-        routing = self.routing(topk, config, tensors.folder / "config.json")
-        # All headers are checked before memory is taken, so that a lying config.json costs none.
-        width, K, own = self._geometry(tensors, layer, E, chosen)
-        target = own if dtype is None else dtype
-        shared = self._shared(tensors, layer, K, own, target, activation)
+        return E, topk, chosen
+
+    def _routing(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, topk: int) -> RoutingConfig:
+        """Return the family's router with what config.json and the tensors say of it."""
+        raise NotImplementedError
+
+    def _read(
+        self, tensors: SafetensorsFolder, layer: int, chosen: list[int], size: tuple[int, int], target: np.dtype
+    ) -> tuple[Array, Array]:
+        """Return w1, gate rows over up rows, and w2 of the chosen experts of `size` (I, K), cast to `target`."""
+        width, K = size
         w1 = np.empty((len(chosen), 2 * width, K), target)
         w2 = np.empty((len(chosen), K, width), target)
         for local, e in enumerate(chosen):
             w1[local, :width] = tensors[self._name(layer, self.gate, e)]
             w1[local, width:] = tensors[self._name(layer, self.up, e)]
             w2[local] = tensors[self._name(layer, self.down, e)]
-        gate = tensors[self._name(layer, "gate")].copy()
-        return LayerWeights(
-            w1, w2, gate, E, topk, tuple(chosen), routing, activation, target.name, shared_experts=shared
-        )  # fmt: skip
+        return w1, w2
 
     def _numbers(self, tensors: SafetensorsFolder) -> list[int]:
         """Return the numbers of the MoE layers, rising."""
@@ -110,13 +134,13 @@ class PerExpertLayout:
         self, tensors: SafetensorsFolder, layer: int, E: int, experts: Iterable[int]
     ) -> tuple[int, int, np.dtype]:
         """Return (I, K, dtype) of the experts after checking gate, expert 0 and every one of `experts` from headers."""
-        _, K = _expect(tensors, self._name(layer, "gate"), (E, None), _FLOATS)
+        _, K = expect(tensors, self._name(layer, "gate"), (E, None), FLOATS)
         first = self._name(layer, self.gate, 0)
-        width, _ = _expect(tensors, first, (None, K), _FLOATS)
+        width, _ = expect(tensors, first, (None, K), self.dtypes)
         own = tensors.dtype(first)
         for e in experts:
             for part, shape in ((self.gate, (width, K)), (self.up, (width, K)), (self.down, (K, width))):
-                _expect(tensors, self._name(layer, part, e), shape, (own.name,))
+                expect(tensors, self._name(layer, part, e), shape, (own.name,))
         return width, K, own
 
     def _shared(
@@ -132,16 +156,23 @@ class PerExpertLayout:
         if self.shared is None:
             return None
         names = {part: self._name(layer, f"{self.shared}.{part}") for part in (self.gate, self.up, self.down)}
-        width, _ = _expect(tensors, names[self.gate], (None, K), (own.name,))
-        _expect(tensors, names[self.up], (width, K), (own.name,))
-        _expect(tensors, names[self.down], (K, width), (own.name,))
-        gate = self._name(layer, f"{self.shared}_gate")
-        _expect(tensors, gate, (1, K), _FLOATS)
-        w1 = np.concatenate([tensors[names[self.gate]], tensors[names[self.up]]]).astype(target)
-        return SharedExperts(w1, tensors[names[self.down]].astype(target), activation, tensors[gate].copy())
+        width, _ = expect(tensors, names[self.gate], (None, K), (own.name,))
+        expect(tensors, names[self.up], (width, K), (own.name,))
+        expect(tensors, names[self.down], (K, width), (own.name,))
+        gate = None
+        if self.shared_gate:
+            name = self._name(layer, f"{self.shared}_gate")
+            expect(tensors, name, (1, K), FLOATS)
+            gate = tensors[name].copy()
+        w1 = np.concatenate([self._values(tensors, names[part], target) for part in (self.gate, self.up)])
+        return SharedExperts(w1, self._values(tensors, names[self.down], target), activation, gate)
+
+    def _values(self, tensors: SafetensorsFolder, name: str, target: np.dtype) -> Array:
+        """Return a floating tensor as `target`."""
+        return tensors[name].astype(target)
 
 
-def _expect(
+def expect(
     tensors: SafetensorsFolder, name: str, expected: tuple[int | None, ...], dtypes: tuple[str, ...]
 ) -> tuple[int, ...]:
     """Return the shape of a tensor, or refuse it; None stands for any length above 0."""
@@ -170,7 +201,7 @@ def _sizes(tensors: SafetensorsFolder, config: dict[str, Any], count: str) -> tu
     return sizes[0], sizes[1]
 
 
-def _activation(tensors: SafetensorsFolder, config: dict[str, Any]) -> ActivationConfig:
+def activation_of(tensors: SafetensorsFolder, config: dict[str, Any]) -> ActivationConfig:
     name = config.get("hidden_act", "silu")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         rule = f"give hidden_act one of {', '.join(_ACTIVATIONS)}"

@@ -10,19 +10,23 @@ import reprlib
 from typing import Any
 
 from pymoe.checkpoint.per_expert import PerExpertLayout
-from pymoe.checkpoint.safetensors import fail
+from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
 from pymoe.config import RoutingConfig
 
 
-def _routing(topk: int, config: dict[str, Any], path: Any) -> RoutingConfig:
-    # Both families' configurations leave the chosen weights as they are unless they say otherwise.
-    renormalize = config.get("norm_topk_prob", False)
-    if not isinstance(renormalize, bool):
-        raise fail(path, "give norm_topk_prob as true or false", reprlib.repr(renormalize))
-    return RoutingConfig(topk, routing_method="Renormalize" if renormalize else "Default")
+class QwenMoELayout(PerExpertLayout):
+    """The families' names and router."""
+
+    def _routing(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, topk: int) -> RoutingConfig:
+        # Both families' configurations leave the chosen weights as they are unless they say otherwise.
+        renormalize = config.get("norm_topk_prob", False)
+        if not isinstance(renormalize, bool):
+            path = tensors.folder / "config.json"
+            raise fail(path, "give norm_topk_prob as true or false", reprlib.repr(renormalize))
+        return RoutingConfig(topk, routing_method="Renormalize" if renormalize else "Default")
 
 
-_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj", "num_experts", _routing)
+_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj", "num_experts")
 
-QWEN3_MOE = PerExpertLayout(*_NAMES)
-QWEN2_MOE = PerExpertLayout(*_NAMES, shared="shared_expert")
+QWEN3_MOE = QwenMoELayout(*_NAMES)
+QWEN2_MOE = QwenMoELayout(*_NAMES, shared="shared_expert")

@@ -90,8 +90,12 @@ def test_list_layers(tmp_path):
 @pytest.mark.parametrize(
     "config, kind, text",
     [
-        ({"model_type": "gpt2"}, UnsupportedError, "model_type among mixtral, qwen2_moe, qwen3_moe; got 'gpt2'"),
-        ({"model_type": ["mixtral"]}, UnsupportedError, "model_type among mixtral"),
+        (
+            {"model_type": "gpt2"},
+            UnsupportedError,
+            "model_type among deepseek_v3, mixtral, qwen2_moe, qwen3_moe",
+        ),
+        ({"model_type": ["mixtral"]}, UnsupportedError, "model_type among deepseek_v3, mixtral"),
         ({"num_local_experts": "4"}, CheckpointError, "num_local_experts"),
         ({"num_local_experts": True}, CheckpointError, "num_local_experts"),
         ({"num_local_experts": 0}, CheckpointError, "num_local_experts"),
