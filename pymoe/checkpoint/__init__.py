@@ -12,6 +12,7 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.checkpoint.deepseek_v3 import DEEPSEEK_V3
+from pymoe.checkpoint.gpt_oss import GPT_OSS, GptOssLayout
 from pymoe.checkpoint.mixtral import MIXTRAL
 from pymoe.checkpoint.per_expert import PerExpertLayout
 from pymoe.checkpoint.qwen_moe import QWEN2_MOE, QWEN3_MOE
@@ -21,8 +22,10 @@ from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 
 __all__ = ["LayerSummary", "LayerWeights", "SafetensorsFile", "SafetensorsFolder", "list_layers", "load_layer"]
 
-FAMILIES: dict[str, PerExpertLayout] = {
+Family = PerExpertLayout | GptOssLayout
+FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
+    "gpt_oss": GPT_OSS,
     "mixtral": MIXTRAL,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
@@ -90,7 +93,7 @@ def _dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def _open(call: str, folder: Any) -> tuple[SafetensorsFolder, dict[str, Any], PerExpertLayout]:
+def _open(call: str, folder: Any) -> tuple[SafetensorsFolder, dict[str, Any], Family]:
     """Return the tensors, config.json and the family's reader."""
     if not isinstance(folder, str | os.PathLike):
         raise DTypeError(complaint(call, "folder", "be a path", type(folder).__name__))
@@ -107,12 +110,12 @@ def _open(call: str, folder: Any) -> tuple[SafetensorsFolder, dict[str, Any], Pe
     return SafetensorsFolder(path), config, family
 
 
-def _check_quantization(path: Path, config: dict[str, Any], family: PerExpertLayout) -> None:
+def _check_quantization(path: Path, config: dict[str, Any], family: Family) -> None:
     """Refuse a quantized checkpoint, unless it is in the fp8 blocks that the family reads."""
     found = config.get("quantization_config")
     if found is None:
         return
-    reads = {"quant_method": "fp8", "weight_block_size": [128, 128]} if family is DEEPSEEK_V3 else None
+    reads = family.quantization
     if reads is None or not isinstance(found, dict) or any(found.get(name) != value for name, value in reads.items()):
         rule = "have no quantization_config" + ("" if reads is None else f" but {reads}")
         raise UnsupportedError(complaint("checkpoint", str(path / "config.json"), rule, reprlib.repr(found)))

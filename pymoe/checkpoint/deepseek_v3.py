@@ -109,5 +109,6 @@ def _blocks(rows: int, columns: int) -> tuple[int, int]:
 
 
 DEEPSEEK_V3 = DeepSeekV3Layout(
-    "mlp", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "shared_experts", False, (*FLOATS, FP8.name)
-)
+    "mlp", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "shared_experts", False, (*FLOATS, FP8.name),
+    {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
+)  # fmt: skip

@@ -50,6 +50,8 @@ class PerExpertLayout:
         Whether it has a gate of its own, under its name with ``_gate``.
     dtypes : tuple of str
         Of the experts' weights.
+    quantization : dict, optional
+        What config.json's quantization_config must hold where there is one.
     """
 
     block: str
@@ -60,6 +62,7 @@ class PerExpertLayout:
     shared: str | None = None
     shared_gate: bool = True
     dtypes: tuple[str, ...] = FLOATS
+    quantization: dict[str, Any] | None = None
 
     def layers(self, tensors: SafetensorsFolder, config: dict[str, Any]) -> list[LayerSummary]:
         """Return a summary of every MoE layer, in order."""
@@ -91,13 +94,9 @@ class PerExpertLayout:
         self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, experts: list[int] | None
     ) -> tuple[int, int, list[int]]:
         """Return (experts of the checkpoint, topk, the asked ids), or refuse a layer or an id that is not there."""
-        E, topk = _sizes(tensors, config, self.num_experts)
-        if self._name(layer, "gate") not in tensors:
-            raise fail(tensors.folder, f"hold an MoE layer {layer}", f"layers {reprlib.repr(self._numbers(tensors))}")
-        chosen = list(range(E)) if experts is None else experts
-        if any(e >= E for e in chosen):
-            raise ArgumentError(complaint("load_layer", "experts", f"be ids in 0..{E - 1}", reprlib.repr(chosen)))
-        return E, topk, chosen
+        E, topk = sizes(tensors, config, self.num_experts)
+        router = self._name(layer, "gate")
+        return E, topk, requested(tensors, router, layer, self._numbers(tensors), E, experts)
 
     def _routing(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, topk: int) -> RoutingConfig:
         """Return the family's router with what config.json and the tensors say of it."""
@@ -122,7 +121,7 @@ class PerExpertLayout:
         return sorted(int(match[1]) for name in tensors if (match := pattern.fullmatch(name)))
 
     def _summary(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int) -> LayerSummary:
-        E, topk = _sizes(tensors, config, self.num_experts)
+        E, topk = sizes(tensors, config, self.num_experts)
         width, K, dtype = self._geometry(tensors, layer, E, range(E))
         return LayerSummary(layer, E, topk, K, width, dtype.name, 3 * E * K * width * dtype.itemsize)
 
@@ -172,6 +171,18 @@ class PerExpertLayout:
         return tensors[name].astype(target)
 
 
+def requested(
+    tensors: SafetensorsFolder, router: str, layer: int, found: list[int], E: int, experts: list[int] | None
+) -> list[int]:
+    """Return the ids to load, or refuse a layer without a `router`, or an id that is not there."""
+    if router not in tensors:
+        raise fail(tensors.folder, f"hold an MoE layer {layer}", f"layers {reprlib.repr(found)}")
+    chosen = list(range(E)) if experts is None else experts
+    if any(e >= E for e in chosen):
+        raise ArgumentError(complaint("load_layer", "experts", f"be ids in 0..{E - 1}", reprlib.repr(chosen)))
+    return chosen
+
+
 def expect(
     tensors: SafetensorsFolder, name: str, expected: tuple[int | None, ...], dtypes: tuple[str, ...]
 ) -> tuple[int, ...]:
@@ -187,7 +198,7 @@ def expect(
     return shape
 
 
-def _sizes(tensors: SafetensorsFolder, config: dict[str, Any], count: str) -> tuple[int, int]:
+def sizes(tensors: SafetensorsFolder, config: dict[str, Any], count: str) -> tuple[int, int]:
     """Return (experts, topk) of config.json."""
     sizes = []
     for field in (count, "num_experts_per_tok"):

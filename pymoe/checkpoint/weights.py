@@ -21,7 +21,7 @@ class LayerWeights:
     w1 : ndarray, (len(experts), N, K)
         Gate rows, then up rows.
     w2 : ndarray, (len(experts), K, I)
-    gate : ndarray, (num_experts, K)
+    gate : ndarray, (num_experts, K), or Gate
     num_experts, topk : int
     experts : tuple of int
         Global ids of the loaded experts, in the order of w1 and w2.
