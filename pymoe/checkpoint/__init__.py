@@ -13,6 +13,7 @@ import numpy as np
 from pymoe import checks
 from pymoe.checkpoint.deepseek_v3 import DEEPSEEK_V3
 from pymoe.checkpoint.gpt_oss import GPT_OSS, GptOssLayout
+from pymoe.checkpoint.llama4 import LLAMA4, LLAMA4_TEXT, Llama4Layout
 from pymoe.checkpoint.mixtral import MIXTRAL
 from pymoe.checkpoint.per_expert import PerExpertLayout
 from pymoe.checkpoint.qwen_moe import QWEN2_MOE, QWEN3_MOE
@@ -22,10 +23,12 @@ from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 
 __all__ = ["LayerSummary", "LayerWeights", "SafetensorsFile", "SafetensorsFolder", "list_layers", "load_layer"]
 
-Family = PerExpertLayout | GptOssLayout
+Family = PerExpertLayout | GptOssLayout | Llama4Layout
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "gpt_oss": GPT_OSS,
+    "llama4": LLAMA4,
+    "llama4_text": LLAMA4_TEXT,
     "mixtral": MIXTRAL,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,

@@ -93,9 +93,13 @@ def test_list_layers(tmp_path):
         (
             {"model_type": "gpt2"},
             UnsupportedError,
-            "model_type among deepseek_v3, gpt_oss, mixtral, qwen2_moe, qwen3_moe",
+            "model_type among deepseek_v3, gpt_oss, llama4, llama4_text, mixtral, qwen2_moe, qwen3_moe",
         ),
-        ({"model_type": ["mixtral"]}, UnsupportedError, "model_type among deepseek_v3, gpt_oss, mixtral"),
+        (
+            {"model_type": ["mixtral"]},
+            UnsupportedError,
+            "model_type among deepseek_v3, gpt_oss, llama4, llama4_text, mixtral",
+        ),
         ({"num_local_experts": "4"}, CheckpointError, "num_local_experts"),
         ({"num_local_experts": True}, CheckpointError, "num_local_experts"),
         ({"num_local_experts": 0}, CheckpointError, "num_local_experts"),
