@@ -12,10 +12,10 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.checkpoint.deepseek_v3 import DEEPSEEK_V3
-from pymoe.checkpoint.gpt_oss import GPT_OSS, GptOssLayout
-from pymoe.checkpoint.llama4 import LLAMA4, LLAMA4_TEXT, Llama4Layout
+from pymoe.checkpoint.family import Family
+from pymoe.checkpoint.gpt_oss import GPT_OSS
+from pymoe.checkpoint.llama4 import LLAMA4, LLAMA4_TEXT
 from pymoe.checkpoint.mixtral import MIXTRAL
-from pymoe.checkpoint.per_expert import PerExpertLayout
 from pymoe.checkpoint.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from pymoe.checkpoint.safetensors import SafetensorsFile, SafetensorsFolder, fail, read_json
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
@@ -23,7 +23,6 @@ from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 
 __all__ = ["LayerSummary", "LayerWeights", "SafetensorsFile", "SafetensorsFolder", "list_layers", "load_layer"]
 
-Family = PerExpertLayout | GptOssLayout | Llama4Layout
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "gpt_oss": GPT_OSS,

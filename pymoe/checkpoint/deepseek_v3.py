@@ -30,6 +30,8 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 class DeepSeekV3Layout(PerExpertLayout):
     """The family's names, with its router's bias and its blocks."""
 
+    quantization = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+
     def load(
         self,
         tensors: SafetensorsFolder,
@@ -109,6 +111,5 @@ def _blocks(rows: int, columns: int) -> tuple[int, int]:
 
 
 DEEPSEEK_V3 = DeepSeekV3Layout(
-    "mlp", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "shared_experts", False, (*FLOATS, FP8.name),
-    {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
-)  # fmt: skip
+    "mlp", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "shared_experts", False, (*FLOATS, FP8.name)
+)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.activations import ActivationConfig
+from pymoe.checkpoint.family import Family
 from pymoe.checkpoint.per_expert import FLOATS, Array, expect, requested, sizes
 from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
@@ -25,14 +26,10 @@ GROUP = 32
 _ROUTER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.mlp\.router\.weight")
 
 
-class GptOssLayout:
+class GptOssLayout(Family):
     """The family's names and shapes."""
 
     quantization = {"quant_method": "mxfp4"}
-
-    def layers(self, tensors: SafetensorsFolder, config: dict[str, Any]) -> list[LayerSummary]:
-        """Return a summary of every MoE layer, in order."""
-        return [self._summary(tensors, config, layer) for layer in self._numbers(tensors)]
 
     def load(
         self,
@@ -42,7 +39,6 @@ class GptOssLayout:
         experts: list[int] | None,
         dtype: np.dtype | None,
     ) -> LayerWeights:
-        """Return layer number `layer` with the asked experts; only their bytes are read."""
         E, topk = sizes(tensors, config, "num_local_experts")
         chosen = requested(tensors, _name(layer, "router.weight"), layer, self._numbers(tensors), E, experts)
         self._check_activation(tensors, config)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pymoe.checkpoint.family import Family
 from pymoe.checkpoint.per_expert import FLOATS, Array, activation_of, expect, requested, sizes
 from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
@@ -21,7 +22,7 @@ from pymoe.errors import UnsupportedError, complaint
 _PARTS = ("gate_up_proj", "down_proj")
 
 
-class Llama4Layout:
+class Llama4Layout(Family):
     """The family's names under `prefix`, and the section of config.json that describes the text model.
 
     Parameters
@@ -32,15 +33,9 @@ class Llama4Layout:
         Key of config.json under which the sizes are; None is the top.
     """
 
-    quantization: dict[str, Any] | None = None
-
     def __init__(self, prefix: str, section: str | None) -> None:
         self._prefix, self._section = prefix, section
         self._router = re.compile(re.escape(prefix) + r"\.(0|[1-9][0-9]{0,5})\.feed_forward\.router\.weight")
-
-    def layers(self, tensors: SafetensorsFolder, config: dict[str, Any]) -> list[LayerSummary]:
-        """Return a summary of every MoE layer, in order."""
-        return [self._summary(tensors, config, layer) for layer in self._numbers(tensors)]
 
     def load(
         self,
@@ -50,7 +45,6 @@ class Llama4Layout:
         experts: list[int] | None,
         dtype: np.dtype | None,
     ) -> LayerWeights:
-        """Return layer number `layer` with the asked experts; only their bytes are read."""
         config = self._text(tensors, config)
         E, topk = sizes(tensors, config, "num_local_experts")
         chosen = requested(tensors, self._name(layer, "router.weight"), layer, self._numbers(tensors), E, experts)

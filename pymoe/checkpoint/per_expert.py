@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.activations import ActivationConfig
+from pymoe.checkpoint.family import Family
 from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
 from pymoe.config import RoutingConfig
@@ -33,7 +34,7 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class PerExpertLayout:
+class PerExpertLayout(Family):
     """Names of one family; a subclass adds its router.
 
     Attributes
@@ -50,8 +51,6 @@ class PerExpertLayout:
         Whether it has a gate of its own, under its name with ``_gate``.
     dtypes : tuple of str
         Of the experts' weights.
-    quantization : dict, optional
-        What config.json's quantization_config must hold where there is one.
     """
 
     block: str
@@ -62,11 +61,6 @@ class PerExpertLayout:
     shared: str | None = None
     shared_gate: bool = True
     dtypes: tuple[str, ...] = FLOATS
-    quantization: dict[str, Any] | None = None
-
-    def layers(self, tensors: SafetensorsFolder, config: dict[str, Any]) -> list[LayerSummary]:
-        """Return a summary of every MoE layer, in order."""
-        return [self._summary(tensors, config, layer) for layer in self._numbers(tensors)]
 
     def load(
         self,
@@ -76,7 +70,6 @@ class PerExpertLayout:
         experts: list[int] | None,
         dtype: np.dtype | None,
     ) -> LayerWeights:
-        """Return layer number `layer` with the asked experts; only their bytes are read."""
         E, topk, chosen = self._request(tensors, config, layer, experts)
         activation = activation_of(tensors, config)
         routing = self._routing(tensors, config, layer, topk)
@@ -116,7 +109,6 @@ class PerExpertLayout:
         return w1, w2
 
     def _numbers(self, tensors: SafetensorsFolder) -> list[int]:
-        """Return the numbers of the MoE layers, rising."""
         pattern = re.compile(rf"model\.layers\.(0|[1-9][0-9]{{0,5}})\.{self.block}\.gate\.weight")
         return sorted(int(match[1]) for name in tensors if (match := pattern.fullmatch(name)))
 
