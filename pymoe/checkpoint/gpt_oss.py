@@ -14,7 +14,7 @@ import numpy as np
 
 from pymoe.activations import ActivationConfig
 from pymoe.checkpoint.family import Family
-from pymoe.checkpoint.per_expert import FLOATS, Array, expect, requested, sizes
+from pymoe.checkpoint.per_expert import FLOATS, Array, expect, requested, sizes, transposed
 from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
 from pymoe.config import RoutingConfig
@@ -53,7 +53,10 @@ class GptOssLayout(Family):
             scales = [tensors[_name(layer, f"experts.{part}_scales")][chosen] for part in ("gate_up_proj", "down_proj")]
             quant_config = FusedMoEQuantConfig.mxfp4_w4a16(w1_scale=scales[0], w2_scale=scales[1], **biases)
         else:
-            w1, w2 = (self._floats(tensors, layer, part, chosen, target) for part in ("gate_up_proj", "down_proj"))
+            w1, w2 = (
+                transposed(tensors[_name(layer, f"experts.{part}")], chosen, target)
+                for part in ("gate_up_proj", "down_proj")
+            )
             quant_config = FusedMoEQuantConfig.biased(**biases)
         routing = RoutingConfig(topk, routing_method="Renormalize")
         activation = ActivationConfig("swigluoai")
@@ -94,15 +97,6 @@ class GptOssLayout(Family):
         """Return (experts, rows, columns / 2) bytes: the files' nibble order is pymoe's own."""
         blocks = tensors[_name(layer, f"experts.{part}_blocks")]
         return blocks[chosen].reshape(len(chosen), blocks.shape[1], -1)
-
-    def _floats(self, tensors: SafetensorsFolder, layer: int, part: str, chosen: list[int], target: Any) -> Array:
-        """Return (experts, rows, columns) of a tensor that is stored (experts, columns, rows)."""
-        stored = tensors[_name(layer, f"experts.{part}")]
-        _, columns, rows = stored.shape
-        w = np.empty((len(chosen), rows, columns), target)
-        for local, e in enumerate(chosen):
-            w[local] = stored[e].T
-        return w
 
     def _check_activation(self, tensors: SafetensorsFolder, config: dict[str, Any]) -> None:
         path = tensors.folder / "config.json"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.checkpoint.family import Family
-from pymoe.checkpoint.per_expert import FLOATS, Array, activation_of, expect, requested, sizes
+from pymoe.checkpoint.per_expert import FLOATS, activation_of, expect, requested, sizes, transposed
 from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
 from pymoe.checkpoint.weights import LayerSummary, LayerWeights
 from pymoe.config import RoutingConfig
@@ -56,7 +56,7 @@ class Llama4Layout(Family):
         target = own if dtype is None else dtype
         shared = {part: tensors[self._name(layer, f"shared_expert.{part}_proj.weight")].astype(target)
                   for part in ("gate", "up", "down")}  # fmt: skip
-        w1, w2 = (self._weights(tensors, layer, part, chosen, target) for part in _PARTS)
+        w1, w2 = (transposed(tensors[self._name(layer, f"experts.{part}")], chosen, target) for part in _PARTS)
         return LayerWeights(
             w1,
             w2,
@@ -103,15 +103,6 @@ class Llama4Layout(Family):
         expect(tensors, self._name(layer, "shared_expert.up_proj.weight"), (shared, K), FLOATS)
         expect(tensors, self._name(layer, "shared_expert.down_proj.weight"), (K, shared), FLOATS)
         return K, N // 2, own
-
-    def _weights(self, tensors: SafetensorsFolder, layer: int, part: str, chosen: list[int], target: np.dtype) -> Array:
-        """Return (experts, rows, columns) of a tensor that is stored (experts, columns, rows)."""
-        stored = tensors[self._name(layer, f"experts.{part}")]
-        _, columns, rows = stored.shape
-        w = np.empty((len(chosen), rows, columns), target)
-        for local, e in enumerate(chosen):
-            w[local] = stored[e].T
-        return w
 
 
 LLAMA4 = Llama4Layout("language_model.model.layers", "text_config")

@@ -175,6 +175,15 @@ def requested(
     return chosen
 
 
+def transposed(stored: Array, chosen: list[int], target: np.dtype) -> Array:
+    """Return (experts, rows, columns) of the chosen experts of a tensor stored (experts, columns, rows)."""
+    _, columns, rows = stored.shape
+    w = np.empty((len(chosen), rows, columns), target)
+    for local, e in enumerate(chosen):
+        w[local] = stored[e].T
+    return w
+
+
 def expect(
     tensors: SafetensorsFolder, name: str, expected: tuple[int | None, ...], dtypes: tuple[str, ...]
 ) -> tuple[int, ...]:

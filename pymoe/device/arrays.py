@@ -69,11 +69,6 @@ def is_integer(dtype: np.dtype) -> bool:
     return dtype.kind in "iu"
 
 
-def contiguous(x: np.ndarray) -> np.ndarray:
-    """Return `x`, or a C-contiguous copy if its strides are anything else (zero strides of a broadcast included)."""
-    return np.ascontiguousarray(x)
-
-
 def as_float32(x: np.ndarray) -> np.ndarray:
     """Return `x` as contiguous float32; a view where it already is."""
     with np.errstate(all="ignore"):
