@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import pymoe
-from pymoe import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from pymoe import ArgumentError, DTypeError, ShapeError
 
 E, N, K, TOPK, M = 4, 12, 10, 2, 6
 
@@ -40,7 +40,11 @@ def ones(*shape, dtype=np.float32):
         ({"hidden_states": ones(M, K, dtype=np.uint8)}, DTypeError, "hidden_states must have dtype"),
         ({"hidden_states": ones(M, K, dtype=np.complex64)}, DTypeError, "hidden_states must hold real numbers"),
         ({"hidden_states": ones(M, K, dtype=">f4")}, DTypeError, "hidden_states must be in native byte order"),
-        ({"hidden_states": ones(M, K).tolist()}, DTypeError, "hidden_states must be a NumPy array; got list"),
+        (
+            {"hidden_states": ones(M, K).tolist()},
+            DTypeError,
+            "hidden_states must be a NumPy, CuPy or DLPack array; got list",
+        ),
         ({"hidden_states": np.ma.masked_array(ones(M, K))}, DTypeError, "hidden_states must be a plain array"),
         ({"hidden_states": ones(M, K + 1)}, ShapeError, "w1 must have 11 columns for K = 11; got (4, 12, 10)"),
         ({"hidden_states": ones(M, 0)}, ShapeError, "hidden_states must have at least one column"),
@@ -91,13 +95,16 @@ def test_errors_name_argument_value_and_rule(replaced, kind, text):
     assert str(caught.value).startswith("fused_experts: ") and text in str(caught.value)
 
 
-def test_arrays_of_another_library_are_refused_by_name():
-    class Tensor:
-        def __dlpack__(self):
-            raise AssertionError("not to be called")
+def test_a_producer_that_cannot_export_is_refused_by_name():
+    class Tracer:
+        def __dlpack_device__(self):
+            return (1, 0)
 
-    with pytest.raises(UnsupportedError, match=r"hidden_states must be a NumPy array; got .*Tensor"):
-        run(**arguments(hidden_states=Tensor()))
+        def __dlpack__(self, **options):
+            raise RuntimeError("traced")
+
+    with pytest.raises(DTypeError, match=r"hidden_states must be a concrete, dense array .*Tracer \(.*traced"):
+        run(**arguments(hidden_states=Tracer()))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])

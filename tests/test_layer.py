@@ -235,7 +235,7 @@ class Ranks:
         ({"placement": [0, 1, 2, 3, 4, 6]}, ArgumentError, "placement must name 6 different"),
         ({"gate": np.zeros((E, K + 1), np.float32)}, ShapeError, "gate must have shape"),
         ({"gate": np.zeros((E, K), np.int32)}, DTypeError, "weight must have a floating dtype"),
-        ({"gate": [[1.0]]}, DTypeError, "gate must be a NumPy array"),
+        ({"gate": [[1.0]]}, DTypeError, "gate must be a NumPy, CuPy or DLPack array"),
         ({"shared_experts": 3}, DTypeError, "shared_experts must be callable"),
         ({"comm": Ranks(2)}, UnsupportedError, "comm must have one rank"),
         ({"comm": "world"}, DTypeError, "comm must be a communicator"),

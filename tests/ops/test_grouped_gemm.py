@@ -232,7 +232,7 @@ def test_E6_odd_layouts_of_rows_weights_and_out(backend):
         ({"a": np.zeros((4, 8), np.float32)}, ShapeError, "a must have shape (any, 9)"),
         ({"a": np.zeros((3, 9), np.float32)}, ShapeError, "a must have 4 rows"),
         ({"a": np.zeros((4, 9), np.int32)}, DTypeError, "a must be float32, float16 or bfloat16 without a_key"),
-        ({"a": [[1.0]]}, DTypeError, "a must be a NumPy array"),
+        ({"a": [[1.0]]}, DTypeError, "a must be a NumPy, CuPy or DLPack array"),
         ({"expert_offsets": [0, 1]}, ShapeError, "expert_offsets must have shape (3)"),
         ({"expert_offsets": [1, 2, 4]}, ArgumentError, "expert_offsets must start at 0 and never fall"),
         ({"expert_offsets": [0, 5, 4]}, ArgumentError, "expert_offsets must start at 0 and never fall"),

@@ -271,7 +271,7 @@ def test_permute_rows_refuses_another_number_of_tokens():
 @pytest.mark.parametrize(
     "ids, E_local, expert_map, error, text",
     [
-        ([[0]], 1, None, DTypeError, "topk_ids must be a NumPy array; got list"),
+        ([[0]], 1, None, DTypeError, "topk_ids must be a NumPy, CuPy or DLPack array; got list"),
         (np.zeros((1, 1), np.float32), 1, None, DTypeError, "topk_ids must have an integer dtype; got float32"),
         (np.zeros((1, 1), bool), 1, None, DTypeError, "topk_ids must have an integer dtype; got bool"),
         (np.zeros(3, np.int32), 1, None, ShapeError, "topk_ids must have shape"),

@@ -21,7 +21,11 @@ def config_of(scheme, **kwargs):
 
 X = np.ones((4, 64), np.float32)
 ERRORS = {
-    "x is a list": (lambda: quantize([[1.0]], "kFp8DynamicTokenSym"), DTypeError, "x must be a NumPy array"),
+    "x is a list": (
+        lambda: quantize([[1.0]], "kFp8DynamicTokenSym"),
+        DTypeError,
+        "x must be a NumPy, CuPy or DLPack array",
+    ),
     "x is integer": (lambda: quantize(np.ones((2, 2), int), "kInt4Static"), DTypeError, "x must have a floating dtype"),
     "x has one axis": (lambda: quantize(X[0], "kInt4Static"), ShapeError, "x must have shape"),
     "x has no columns": (lambda: quantize(X[:, :0], "kInt8Static"), ShapeError, "at least one column; got 0"),

@@ -252,7 +252,7 @@ def test_weights_that_do_not_belong_together():
         ((w1, w2[:2]), ShapeError, "w2 must have shape"),
         ((w1, w2.astype(np.float16)), DTypeError, "w2 must have the dtype of w1"),
         ((w1.astype(np.int8), w2), DTypeError, "w1 must have a floating dtype"),
-        ((w1.tolist(), w2), DTypeError, "w1 must be a NumPy array; got list"),
+        ((w1.tolist(), w2), DTypeError, "w1 must be a NumPy, CuPy or DLPack array; got list"),
     ):
         with pytest.raises(kind, match=text):
             quantize_experts(*bad, "fp8")
