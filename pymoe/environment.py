@@ -37,11 +37,15 @@ def is_checked() -> bool:
 
 
 def cache_dir() -> Path:
-    """Return the folder of compiled kernels: ``PYMOE_CACHE_DIR``, else pymoe's in the user's cache folder."""
+    """Return the folder of compiled kernels: ``PYMOE_CACHE_DIR``, else pymoe's in the user's cache folder.
+
+    Absolute, but for a user without a home folder: then "~/.cache/pymoe" as it stands, which is no place to write to.
+    """
     if os.environ.get("PYMOE_CACHE_DIR"):
-        return Path(os.environ["PYMOE_CACHE_DIR"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path(os.path.expanduser("~")) / ".cache") / "pymoe"
+        return Path(os.environ["PYMOE_CACHE_DIR"]).absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rules have relative paths ignored.
+    return (Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~"), ".cache")) / "pymoe"
 
 
 def num_threads() -> int:

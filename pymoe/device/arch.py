@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
+from pymoe.device import toolkit
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
 
 __all__ = ["ARCHS", "MAX_THREADS", "Limits", "arch_of", "current_arch", "limits"]
@@ -58,10 +60,21 @@ def arch_of(major: int, minor: int) -> str:
 
 
 def current_arch() -> str:
-    """Return the architecture of CuPy's current device."""
+    """Return the architecture of CuPy's current device, or say what is missing to have one."""
+    from cupy.cuda import runtime
+
+    try:
+        return _device_arch(runtime.getDevice())
+    except runtime.CUDARuntimeError:
+        toolkit.device_count()
+        raise
+
+
+@lru_cache(maxsize=64)
+def _device_arch(device: int) -> str:
     from cupy.cuda import Device
 
-    capability = Device().compute_capability
+    capability = Device(device).compute_capability
     return arch_of(int(capability[:-1]), int(capability[-1]))
 
 

@@ -5,17 +5,25 @@ Compiling needs NVRTC and the CUDA headers, but neither a driver nor a GPU; load
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import io
+import os
+import re
 import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pymoe import environment
 from pymoe.device import arch as archs
+from pymoe.device import cubins, toolkit
+from pymoe.device.cubins import CompiledKernel
 from pymoe.errors import BackendUnavailableError, KernelCompileError, complaint
 
-__all__ = ["CompiledKernel", "KernelId", "compile_kernel", "load_kernel", "source_folder"]
+__all__ = ["CompiledKernel", "KernelId", "compile_all", "compile_kernel", "load_kernel", "source_folder"]
 
 
 class KernelId(NamedTuple):
@@ -28,13 +36,8 @@ class KernelId(NamedTuple):
     unit: str
     expression: str
 
-
-class CompiledKernel(NamedTuple):
-    """A kernel as machine code: the cubin, its entry point's mangled name, and what the assembler said of it."""
-
-    cubin: bytes
-    symbol: str
-    log: str
+    def __str__(self) -> str:
+        return f"{self.expression} of {self.unit}"
 
 
 _OPTIONS = {
@@ -46,10 +49,17 @@ _OPTIONS = {
     "fma": True,
     "ptxas_options": ["-v", "-warn-spills"],
 }
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">\n]+)[">]', re.MULTILINE)
+
+_lock = threading.Lock()
+_compiled: dict[tuple[KernelId, str], Future[CompiledKernel]] = {}
+_loaded: dict[tuple[KernelId, int], Any] = {}
+_of_the_parent: dict[tuple[KernelId, int], Any] = {}
+"""In a forked child: kept, since unloading a module needs the driver, which a child cannot use."""
 
 
 def compile_kernel(kernel: KernelId, arch: str) -> CompiledKernel:
-    """Compile one kernel instance.
+    """Return a kernel instance as machine code: from this process, from the disk cache, or compiled now.
 
     Parameters
     ----------
@@ -62,32 +72,57 @@ def compile_kernel(kernel: KernelId, arch: str) -> CompiledKernel:
     ArgumentError
         `arch` is unknown.
     BackendUnavailableError
-        NVRTC, cuda-core or the CUDA headers are missing.
+        NVRTC, cuda-core or the CUDA headers are missing, or NVRTC is older than `arch`.
     KernelCompileError
         The source does not compile; carries the unit, the options and the compiler's log.
     """
-    archs.limits(arch)
-    core = _cuda_core()
-    path = source_folder() / kernel.unit
-    try:
-        source = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise KernelCompileError(complaint("compile_kernel", kernel.unit, "be a readable file", error)) from None
-    log = io.StringIO()
-    options = core.ProgramOptions(name=kernel.unit, arch=arch, include_path=_include_path(), **_OPTIONS)
-    try:
-        program = core.Program(source, "c++", options)
-        code = program.compile("cubin", name_expressions=(kernel.expression,), logs=log)
-    except Exception as error:
-        raise KernelCompileError(
-            f"compile_kernel: {kernel.unit} must compile for {arch}; {kernel.expression} does not.\n"
-            f"options: {_OPTIONS}\n{error}"
-        ) from None
-    return CompiledKernel(bytes(code.code), code.symbol_mapping[kernel.expression].decode(), log.getvalue())
+    with _lock:
+        future = _compiled.get((kernel, arch))
+        mine = future is None
+        if future is None:
+            future = _compiled[kernel, arch] = Future()
+    if mine:
+        try:
+            future.set_result(_read_or_compile(kernel, arch))
+        except BaseException as error:
+            with _lock:  # the next caller tries again: what was missing may have come
+                _compiled.pop((kernel, arch), None)
+            future.set_exception(error)
+            raise
+    return future.result()
 
 
-_lock = threading.Lock()
-_loaded: dict[tuple[KernelId, int], Any] = {}
+def compile_all(
+    kernels: Iterable[KernelId], arch: str, jobs: int | None = None, done: Callable[[KernelId], None] = lambda _: None
+) -> list[CompiledKernel]:
+    """Compile many kernels for one architecture, several at a time, since NVRTC releases the interpreter lock.
+
+    Parameters
+    ----------
+    kernels : iterable of KernelId
+    arch : str
+    jobs : int, optional
+        Compilations at a time; default `environment.num_threads`.
+    done : callable, optional
+        Called with each kernel once it is compiled, from the threads that compile.
+
+    Raises
+    ------
+    KernelCompileError, BackendUnavailableError
+        As `compile_kernel`; the first of them, once nothing runs any more.
+    """
+
+    def one(kernel: KernelId) -> CompiledKernel:
+        compiled = compile_kernel(kernel, arch)
+        done(kernel)
+        return compiled
+
+    with ThreadPoolExecutor(jobs or environment.num_threads(), thread_name_prefix="pymoe-nvrtc") as pool:
+        try:
+            return list(pool.map(one, kernels))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def load_kernel(kernel: KernelId, device: int | None = None) -> Any:
@@ -98,20 +133,112 @@ def load_kernel(kernel: KernelId, device: int | None = None) -> Any:
     kernel : KernelId
     device : int, optional
         Default CuPy's current device, which is the same afterwards.
-    """
-    import cupy
 
-    number = cupy.cuda.runtime.getDevice() if device is None else device
+    Raises
+    ------
+    BackendUnavailableError, KernelCompileError
+        As `compile_kernel`, or the driver does not load what NVRTC made.
+    """
+    from cupy.cuda import Device, runtime
+
+    number = runtime.getDevice() if device is None else device
     function = _loaded.get((kernel, number))
     if function is None:
-        with _lock, cupy.cuda.Device(number):
-            if (kernel, number) not in _loaded:
-                compiled = compile_kernel(kernel, archs.current_arch())
-                module = cupy.cuda.function.Module()
-                module.load(compiled.cubin)
-                _loaded[kernel, number] = module.get_function(compiled.symbol)
-            function = _loaded[kernel, number]
+        with Device(number):
+            compiled = compile_kernel(kernel, archs.current_arch())
+            with _lock:
+                if (kernel, number) not in _loaded:
+                    _loaded[kernel, number] = _load(kernel, compiled)
+                function = _loaded[kernel, number]
     return function
+
+
+def _load(kernel: KernelId, compiled: CompiledKernel) -> Any:
+    from cupy.cuda import driver
+    from cupy.cuda.function import Module
+
+    module = Module()
+    try:
+        module.load(compiled.cubin)
+        return module.get_function(compiled.symbol)
+    except driver.CUDADriverError as error:
+        if "OUT_OF_MEMORY" in str(error):
+            raise
+        version = ".".join(map(str, toolkit.nvrtc_version()))
+        rule = f"be new enough for kernels made by NVRTC {version}"
+        remedy = "Update the driver, or install the extra of its CUDA version: pip install 'pymoe[cu12]'"
+        text = complaint("pymoe", "the CUDA driver", rule, f"{error} for {kernel}", remedy)
+        raise BackendUnavailableError(text) from None
+
+
+def _read_or_compile(kernel: KernelId, arch: str) -> CompiledKernel:
+    archs.limits(arch)
+    key = cache_key(kernel, arch)
+    compiled = cubins.read(key)
+    if compiled is None:
+        toolkit.check_arch(arch)
+        compiled = _compile(kernel, arch)
+        cubins.write(key, compiled)
+    return compiled
+
+
+def _compile(kernel: KernelId, arch: str) -> CompiledKernel:
+    core = toolkit.cuda_core()
+    source = (source_folder() / kernel.unit).read_text(encoding="utf-8")
+    folders = [str(source_folder()), *map(str, toolkit.include_path())]
+    log = io.StringIO()
+    try:
+        options = core.ProgramOptions(name=kernel.unit, arch=arch, include_path=folders, **_OPTIONS)
+        code = core.Program(source, "c++", options).compile("cubin", name_expressions=(kernel.expression,), logs=log)
+        # The object itself must never be printed: without a driver its repr hangs later compilations.
+        return CompiledKernel(bytes(code.code), code.symbol_mapping[kernel.expression].decode(), log.getvalue())
+    except Exception as error:  # of cuda.core, whose kinds are private
+        remedy = f"Options {_OPTIONS}, include path {folders}; the compiler says:\n{error}"
+        path = source_folder() / kernel.unit
+        text = complaint("compile_kernel", str(path), f"compile for {arch}", f"errors for {kernel.expression}", remedy)
+        raise KernelCompileError(text) from None
+
+
+def cache_key(kernel: KernelId, arch: str) -> str:
+    """Return a digest of all that decides a kernel's machine code: every source it reaches, options, compiler."""
+    made_by = (kernel, arch, _OPTIONS, toolkit.nvrtc_version(), sources_digest(source_folder(), kernel.unit))
+    return hashlib.sha256(repr(made_by).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def sources_digest(folder: Path, unit: str) -> str:
+    """Return a digest of a unit, of every file of ours that it includes, and of the CUDA headers that those name."""
+    digest = hashlib.sha256()
+    pending, seen = [unit], {unit}
+    while pending:
+        name = pending.pop()
+        text = _read_source(folder, name)
+        digest.update(f"{name} {len(text)}\n".encode() + text)
+        for quote, included in _INCLUDE.findall(text.decode("utf-8", "replace")):
+            if quote == "<":
+                digest.update(f"<{included}> {_header_digest(included)}\n".encode())
+            elif included not in seen:
+                seen.add(included)
+                pending.append(included)
+    return digest.hexdigest()
+
+
+def _read_source(folder: Path, name: str) -> bytes:
+    """Return a file of the device code; its includes are named from the root of `folder`."""
+    path = folder / name
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        remedy = "Install pymoe anew"
+        raise KernelCompileError(complaint("compile_kernel", str(path), "be readable", error, remedy)) from None
+
+
+@lru_cache(maxsize=64)
+def _header_digest(name: str) -> str:
+    for folder in toolkit.include_path():
+        if (folder / name).is_file():
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return "built in"  # NVRTC's own; or missing, which the compiler will tell
 
 
 @lru_cache(maxsize=1)
@@ -123,23 +250,13 @@ def source_folder() -> Path:
         return Path(__file__).parents[2] / "cuda_src"
 
 
-def _cuda_core() -> Any:
-    try:
-        import cuda.core
-    except ImportError as error:
-        remedy = "Install the extra: pip install 'pymoe[cu13]'"
-        raise BackendUnavailableError(complaint("pymoe", "cuda-core", "be importable", error, remedy)) from None
-    return cuda.core
+def _after_fork() -> None:
+    """Forget what the child cannot use: locks and compilations of threads that it lacks, and the parent's modules."""
+    global _lock, _loaded, _of_the_parent
+    _lock = threading.Lock()
+    _compiled.clear()
+    _of_the_parent, _loaded = _loaded, {}
 
 
-@lru_cache(maxsize=1)
-def _include_path() -> list[str]:
-    """Return the folders of headers: ours, and those of the CUDA runtime, since NVRTC has no default path."""
-    from cuda.pathfinder import find_nvidia_header_directory
-
-    found = find_nvidia_header_directory("cudart")
-    if found is None:
-        remedy = "Install the extra: pip install 'pymoe[cu13]'"
-        raise BackendUnavailableError(complaint("pymoe", "the CUDA headers", "be installed", "none", remedy))
-    cccl = find_nvidia_header_directory("cccl")
-    return [str(source_folder()), str(found), *([str(cccl)] if cccl else [])]
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

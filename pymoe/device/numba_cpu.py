@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from numba.core import caching
 
 from pymoe import environment
 from pymoe._version import __version__
+from pymoe.device.private import private_folder
 
 __all__ = ["jit"]
 
@@ -74,8 +74,7 @@ class _Locator(caching.UserProvidedCacheLocator):
 def _cache_folder() -> Path | None:
     """Return the folder of these sources and this processor, or None where loading from it would not be safe.
 
-    Numba's cache is a pickle, so whoever can write the folder can run code here: it and its parent must be ours, 0700
-    and no symbolic links.
+    Numba's cache is a pickle, so whoever can write the folder can run code here.
     """
     # Numba keys an entry by its own file only, but kernels inline functions of others.
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
@@ -83,20 +82,8 @@ def _cache_folder() -> Path | None:
     features = llvmlite.binding.get_host_cpu_features().flatten()
     machine = f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__} {llvmlite.__version__} {stamps}"
     digest = hashlib.sha256(machine.encode()).hexdigest()[:16]
-    base = environment.cache_dir()
-    folder = base / f"numba-{__version__}-{digest}"
     try:
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if all(is_private(path) for path in (base, folder)):
-            return folder
-        environment.logger.warning("numba cache off: %s is not a folder of this user alone (mode 0700)", folder)
+        return private_folder(f"numba-{__version__}-{digest}")
     except OSError as error:
-        environment.logger.debug("numba cache off: %s", error)
+        environment.logger.warning("numba cache off: %s", error)
     return None
-
-
-def is_private(folder: Path) -> bool:
-    """Return whether `folder` is a real folder that this user owns and nobody else may enter or write."""
-    found = os.lstat(folder)
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
