@@ -10,7 +10,7 @@ from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.codec.weights import WeightOperand
 from pymoe.config import resolve_activation
-from pymoe.device.arrays import as_numpy
+from pymoe.device.arrays import as_array
 from pymoe.errors import ShapeError, complaint
 from pymoe.experts.routed import ExpertWeights
 from pymoe.ops.grouped_gemm import grouped_gemm
@@ -40,17 +40,17 @@ class Gate:
     """
 
     def __init__(self, weight: Array, bias: Array | None = None) -> None:
-        self.weight = as_numpy("Gate", "weight", weight)
+        self.weight = as_array("Gate", "weight", weight)
         checks.shape("Gate", "weight", self.weight, (None, None))
         checks.float_dtype("Gate", "weight", self.weight)
-        self.bias = None if bias is None else as_numpy("Gate", "bias", bias)
+        self.bias = None if bias is None else as_array("Gate", "bias", bias)
         if self.bias is not None:
             checks.shape("Gate", "bias", self.bias, (self.weight.shape[0],))
             checks.float_dtype("Gate", "bias", self.bias)
 
     def __call__(self, hidden_states: Array) -> Array:
         """Return the logits, (M, E) float32, of tokens (M, K)."""
-        x = as_numpy("Gate", "hidden_states", hidden_states)
+        x = as_array("Gate", "hidden_states", hidden_states)
         checks.hidden("Gate", "hidden_states", x, self.weight.shape[1])
         bias = None if self.bias is None else self.bias[None].astype(np.float32)
         weight = self.weight.astype(np.float32) if self.weight.dtype == np.float64 else self.weight
@@ -82,7 +82,7 @@ class SharedExperts:
         gate: Array | Gate | None = None,
     ) -> None:
         call = "SharedExperts"
-        w1, w2 = as_numpy(call, "w1", w1), as_numpy(call, "w2", w2)
+        w1, w2 = as_array(call, "w1", w1), as_array(call, "w2", w2)
         checks.shape(call, "w1", w1, (None, None))
         checks.shape(call, "w2", w2, (None, None))
         self.activation = resolve_activation(call, activation, FUSED_MOE_UNQUANTIZED_CONFIG)
@@ -92,7 +92,7 @@ class SharedExperts:
 
     def _as_gate(self, gate: Array | Gate) -> Gate:
         if not isinstance(gate, Gate):
-            weight = as_numpy("SharedExperts", "gate", gate)
+            weight = as_array("SharedExperts", "gate", gate)
             gate = Gate(weight[None] if weight.ndim == 1 else weight)
         if gate.weight.shape != (1, self.w1.shape[1]):
             rule = f"have shape (1, {self.w1.shape[1]})"
@@ -101,7 +101,7 @@ class SharedExperts:
 
     def __call__(self, hidden_states: Array) -> Array:
         """Return the shared output, (M, K) float32, of tokens (M, K); the intermediate is rounded to their dtype."""
-        x = as_numpy("SharedExperts", "hidden_states", hidden_states)
+        x = as_array("SharedExperts", "hidden_states", hidden_states)
         checks.hidden("SharedExperts", "hidden_states", x, self.w1.shape[1])
         weights = ExpertWeights.of(self.w1[None], self.w2[None], self.activation, FUSED_MOE_UNQUANTIZED_CONFIG, x.dtype)
         y = np.empty((x.shape[0], self.w2.shape[0]), np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.config import FusedMoEConfig, RoutingConfig, RoutingMethodType, resolve_activation
-from pymoe.device.arrays import as_numpy
+from pymoe.device.arrays import answers_in_kind, as_array, device_of, is_cuda
 from pymoe.kernel import FusedMoEKernel
 from pymoe.ops.quantize import dequantize, quantize, quantize_experts
 from pymoe.ops.route.router import route_as
@@ -23,6 +23,7 @@ Array = Any
 Activation = MoEActivation | RegisteredActivation | ActivationConfig | str
 
 
+@answers_in_kind
 def fused_experts(
     hidden_states: Array,
     w1: Array,
@@ -121,16 +122,16 @@ def _kernel_for_call(
     expert_map: Array | None,
 ) -> FusedMoEKernel:
     """Read the sizes off the arguments and return the preferred kernel for them; the kernel checks the rest."""
-    x, ids = as_numpy(call, "hidden_states", hidden_states), as_numpy(call, "topk_ids", topk_ids)
-    w1, w2 = as_numpy(call, "w1", w1), as_numpy(call, "w2", w2)
+    x, ids = as_array(call, "hidden_states", hidden_states), as_array(call, "topk_ids", topk_ids)
+    w1, w2 = as_array(call, "w1", w1), as_array(call, "w2", w2)
     config = FUSED_MOE_UNQUANTIZED_CONFIG if quant_config is None else quant_config
     checks.quant_config_type(call, config)
     act = resolve_activation(call, activation, config)
     checks.hidden(call, "hidden_states", x)
     checks.shape(call, "topk_ids", ids, (x.shape[0], None))
     E_local, N, width = checks.weights(call, w1, w2, x.shape[1], act, config)
-    config = checks.quant_config(call, config, E_local, N, x.shape[1], width)
-    mapping = None if expert_map is None else as_numpy(call, "expert_map", expert_map)
+    config = checks.quant_config(call, config, w1, N, x.shape[1], width)
+    mapping = None if expert_map is None else as_array(call, "expert_map", expert_map)
     _, num_experts = checks.expert_map(call, mapping, global_num_experts, E_local)
     moe_config = FusedMoEConfig(
         num_experts=num_experts,
@@ -140,12 +141,14 @@ def _kernel_for_call(
         num_local_experts=E_local,
         activation=act,
         in_dtype=x.dtype,
+        device="cuda" if is_cuda(w1) else "cpu",
         has_bias=config.w1.bias is not None or config.w2.bias is not None,
     )
     choice = select(moe_config, config)
     return FusedMoEKernel(choice.prepare_finalize, choice.experts)
 
 
+@answers_in_kind
 def select_experts(
     router_logits: Array,
     topk: int,
@@ -194,8 +197,9 @@ def select_experts(
         topk, renormalize, scoring_func, num_expert_group, topk_group, e_score_correction_bias, routed_scaling_factor,
         routing_method, custom_routing_function,
     )  # fmt: skip
-    logits = as_numpy("select_experts", "router_logits", router_logits)
-    return route_as("select_experts", logits, config, hidden_states=hidden_states, input_ids=input_ids)
+    logits = as_array("select_experts", "router_logits", router_logits)
+    with device_of(logits):
+        return route_as("select_experts", logits, config, hidden_states=hidden_states, input_ids=input_ids)
 
 
 def routing_config(
@@ -224,6 +228,7 @@ def routing_config(
     )
 
 
+@answers_in_kind
 def fused_moe(
     hidden_states: Array,
     w1: Array,
@@ -266,17 +271,19 @@ def fused_moe(
         routing_method, custom_routing_function,
     )  # fmt: skip
     checks.weight_on_input(call, apply_router_weight_on_input, config.topk)
-    x, logits = as_numpy(call, "hidden_states", hidden_states), as_numpy(call, "router_logits", router_logits)
+    x, logits = as_array(call, "hidden_states", hidden_states), as_array(call, "router_logits", router_logits)
     checks.hidden(call, "hidden_states", x)
-    w1 = as_numpy(call, "w1", w1)
+    checks.one_device(call, hidden_states=x, router_logits=logits)
+    w1 = as_array(call, "w1", w1)
     checks.shape(call, "w1", w1, (None, None, None))
-    mapping = None if expert_map is None else as_numpy(call, "expert_map", expert_map)
+    mapping = None if expert_map is None else as_array(call, "expert_map", expert_map)
     _, num_experts = checks.expert_map(call, mapping, global_num_experts, w1.shape[0])
     checks.shape(call, "router_logits", logits, (x.shape[0], num_experts))
     # The kernel is built before routing, so that a bad weight raises before any work.
-    ids_like = np.broadcast_to(np.int32(0), (x.shape[0], config.topk))
+    ids_like = np.broadcast_to(np.int32(0), (x.shape[0], config.topk))  # a shape, wherever the tokens are
     kernel = _kernel_for_call(call, x, w1, w2, ids_like, activation, quant_config, global_num_experts, expert_map)
-    topk_weights, topk_ids = route_as(call, logits, config, hidden_states=x, input_ids=input_ids)
+    with device_of(x):
+        topk_weights, topk_ids = route_as(call, logits, config, hidden_states=x, input_ids=input_ids)
     return kernel.apply_as(
         call,
         x,

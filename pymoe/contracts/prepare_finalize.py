@@ -45,6 +45,10 @@ class FusedMoEPrepareAndFinalize(abc.ABC):
         """Ranks that may send tokens to this one, itself included."""
         return 1
 
+    def keeps_tokens_in_place(self) -> bool:
+        """Whether the experts' rows are the caller's own tokens, so that they may write the caller's output."""
+        return False
+
     def supports_async(self) -> bool:
         """Whether prepare_async and finalize_async exist."""
         return False

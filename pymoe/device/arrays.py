@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +45,11 @@ def is_cuda(x: Any) -> bool:
 def namespace(x: Any) -> Any:
     """Return the module, NumPy or CuPy, whose functions make arrays like `x`."""
     return np if isinstance(x, np.ndarray) else sys.modules["cupy"]
+
+
+def module_of(device: str) -> Any:
+    """Return NumPy for "cpu", CuPy for "cuda"."""
+    return np if device == "cpu" else importlib.import_module("cupy")
 
 
 def as_numpy(call: str, argument: str, x: Any) -> np.ndarray:
@@ -85,6 +94,8 @@ def as_array(call: str, argument: str, x: Any) -> Any:
 
 def as_given(result: Any, given: Any) -> Any:
     """Return `result`, NumPy or CuPy, as an array of the package of `given`; the memory is shared, never copied."""
+    if not isinstance(result, np.ndarray) and not is_cuda(result):  # part of an answer that is no array
+        return tuple(as_given(part, given) for part in result) if isinstance(result, tuple) else result
     package = type(given).__module__.partition(".")[0]
     if package == "torch":
         return sys.modules["torch"].from_dlpack(dlpack.Lent(result))
@@ -93,12 +104,34 @@ def as_given(result: Any, given: Any) -> Any:
     return result
 
 
+def answers_in_kind(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `function` answer with arrays of its first argument's package; a given `out` is returned as it came."""
+    first = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        answer = function(*args, **kwargs)
+        given = args[0] if args else kwargs[first]
+        if kwargs.get("out") is not None:
+            return kwargs["out"]
+        if isinstance(answer, tuple):
+            return tuple(as_given(part, given) for part in answer)
+        return as_given(answer, given)
+
+    return call
+
+
+def device_of(x: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the device of `x` is the current one; on the host it does nothing."""
+    return x.device if is_cuda(x) else contextlib.nullcontext()
+
+
 def _foreign(call: str, argument: str, x: Any) -> Any:
     """Return an array of another library as a NumPy or CuPy view of the same memory."""
     if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
         if hasattr(x, "__cuda_array_interface__"):
             return _cupy(call, argument, x).asarray(x)
-        remedy = "Use numpy.asarray"
+        remedy = "Use jax.pure_callback inside jax.jit" if "Tracer" in type(x).__name__ else "Use numpy.asarray"
         raise DTypeError(complaint(call, argument, "be a NumPy, CuPy or DLPack array", type(x).__name__, remedy))
     if getattr(x, "requires_grad", False):
         rule = "need no gradient: pymoe computes none"

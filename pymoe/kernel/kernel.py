@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from pymoe.contracts import (
     FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
 )
-from pymoe.device.arrays import as_numpy
+from pymoe.device.arrays import as_array, as_given, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
 from pymoe.kernel.modular import FusedMoEKernelModularImpl
 from pymoe.kernel.monolithic import FusedMoEKernelMonolithicImpl
@@ -57,6 +58,7 @@ class FusedMoEKernel:
         pair = f"{type(prepare_finalize).__name__} with {type(fused_experts).__name__}"
         self.prepare_finalize = prepare_finalize
         self.fused_experts = fused_experts
+        self._accepted: tuple[Any, ...] = ()
         self.impl: FusedMoEKernelModularImpl | FusedMoEKernelMonolithicImpl
         if isinstance(prepare_finalize, FusedMoEPrepareAndFinalizeModular) and isinstance(
             fused_experts, FusedMoEExpertsModular
@@ -119,7 +121,7 @@ class FusedMoEKernel:
         Arguments as in `fused_experts`; `shared_experts_input` replaces the tokens for the shared experts (latent
         MoE).
         """
-        return self.apply_as(
+        y = self.apply_as(
             "FusedMoEKernel.apply",
             hidden_states,
             w1,
@@ -133,6 +135,9 @@ class FusedMoEKernel:
             shared_experts_input=shared_experts_input,
             out=out,
         )
+        if out is None:
+            return as_given(y, hidden_states)
+        return (as_given(y[0], hidden_states), out) if isinstance(y, tuple) else out
 
     def apply_as(
         self,
@@ -151,34 +156,42 @@ class FusedMoEKernel:
         out: Array | None = None,
         out_dtype: Any = None,
     ) -> Array | tuple[Array, Array]:
-        """Do what `apply` does, with errors that speak for `call`; `out_dtype` keeps float32 for a later sum."""
+        """Do what `apply` does, with errors that speak for `call` and NumPy or CuPy arrays for an answer.
+
+        `out_dtype` keeps float32 for a later sum.
+        """
         if not isinstance(self.impl, FusedMoEKernelModularImpl):
             raise UnsupportedError(f"{call}: a monolithic pair takes router logits. Use apply_monolithic.")
         act = self._activation(call, activation)
         x, w1, w2, mapping, G = self._checked_weights(call, hidden_states, w1, w2, act, global_num_experts, expert_map)
-        weights, ids = checks.topk_arrays(
-            call, as_numpy(call, "topk_weights", topk_weights), as_numpy(call, "topk_ids", topk_ids), x.shape[0]
-        )
+        given = as_array(call, "topk_weights", topk_weights), as_array(call, "topk_ids", topk_ids)
+        weights, ids = checks.topk_arrays(call, *given, x.shape[0])
+        checks.one_device(call, hidden_states=x, topk_weights=weights, topk_ids=ids)
         checks.weight_on_input(call, apply_router_weight_on_input, ids.shape[1])
-        ids = checks.legal_ids(call, ids, G).astype(self.prepare_finalize.topk_indices_dtype() or np.int32)
+        ids = checks.legal_ids(call, ids, G)
+        if not is_cuda(ids):
+            ids = ids.astype(self.prepare_finalize.topk_indices_dtype() or np.int32)
         if out is not None:
-            inputs = {"hidden_states": x, "w1": w1, "w2": w2, "topk_weights": topk_weights, "topk_ids": topk_ids}
-            checks.output(call, as_numpy(call, "out", out), x.shape[0], x.shape[1], x.dtype, inputs)
-        elif out_dtype is not None:
-            out = np.empty(x.shape, out_dtype)
-        return self.impl.apply(
-            hidden_states=x,
-            w1=w1,
-            w2=w2,
-            topk_ids=ids,
-            topk_weights=weights,
-            activation=act,
-            global_num_experts=G,
-            expert_map=mapping,
-            apply_router_weight_on_input=bool(apply_router_weight_on_input),
-            shared_experts_input=shared_experts_input,
-            output=out,
-        )
+            inputs = {"hidden_states": x, "w1": w1, "w2": w2, "topk_weights": given[0], "topk_ids": given[1]}
+            out = as_array(call, "out", out)
+            checks.one_device(call, hidden_states=x, out=out)
+            checks.output(call, out, x.shape[0], x.shape[1], x.dtype, inputs)
+        with device_of(x):
+            if out is None and out_dtype is not None:
+                out = namespace(x).empty(x.shape, out_dtype)
+            return self.impl.apply(
+                hidden_states=namespace(x).ascontiguousarray(x),
+                w1=w1,
+                w2=w2,
+                topk_ids=ids,
+                topk_weights=weights,
+                activation=act,
+                global_num_experts=G,
+                expert_map=mapping,
+                apply_router_weight_on_input=bool(apply_router_weight_on_input),
+                shared_experts_input=shared_experts_input,
+                output=out,
+            )
 
     def apply_monolithic(
         self,
@@ -202,24 +215,27 @@ class FusedMoEKernel:
             raise UnsupportedError(f"{call}: a modular pair takes ids and weights. Use apply.")
         act = self._activation(call, activation)
         x, w1, w2, mapping, G = self._checked_weights(call, hidden_states, w1, w2, act, global_num_experts, expert_map)
-        logits = as_numpy(call, "router_logits", router_logits)
+        logits = as_array(call, "router_logits", router_logits)
         checks.shape(call, "router_logits", logits, (x.shape[0], G))
         checks.float_dtype(call, "router_logits", logits)
+        checks.one_device(call, hidden_states=x, router_logits=logits)
         checks.weight_on_input(call, apply_router_weight_on_input, self.fused_experts.moe_config.experts_per_token)
-        return self.impl.apply(
-            hidden_states=x,
-            w1=w1,
-            w2=w2,
-            router_logits=logits,
-            activation=act,
-            global_num_experts=G,
-            expert_map=mapping,
-            apply_router_weight_on_input=bool(apply_router_weight_on_input),
-            num_expert_group=num_expert_group,
-            e_score_correction_bias=e_score_correction_bias,
-            routed_scaling_factor=routed_scaling_factor,
-            topk_group=topk_group,
-        )
+        with device_of(x):
+            y = self.impl.apply(
+                hidden_states=namespace(x).ascontiguousarray(x),
+                w1=w1,
+                w2=w2,
+                router_logits=logits,
+                activation=act,
+                global_num_experts=G,
+                expert_map=mapping,
+                apply_router_weight_on_input=bool(apply_router_weight_on_input),
+                num_expert_group=num_expert_group,
+                e_score_correction_bias=e_score_correction_bias,
+                routed_scaling_factor=routed_scaling_factor,
+                topk_group=topk_group,
+            )
+        return as_given(y, hidden_states)
 
     def _activation(self, call: str, activation: Activation) -> ActivationConfig:
         """Join the argument with the parameters that the layer's config has for the same activation."""
@@ -230,15 +246,24 @@ class FusedMoEKernel:
     def _checked_weights(
         self, call: str, hidden_states: Any, w1: Any, w2: Any, act: ActivationConfig, G: int, expert_map: Any
     ) -> tuple[Array, Array, Array, Array | None, int]:
-        """Return contiguous tokens, the weights, the int32 expert map and the number of global experts."""
-        x = as_numpy(call, "hidden_states", hidden_states)
-        w1, w2 = as_numpy(call, "w1", w1), as_numpy(call, "w2", w2)
+        """Return tokens, weights, the int32 expert map and the number of global experts."""
+        x = as_array(call, "hidden_states", hidden_states)
+        w1, w2 = as_array(call, "w1", w1), as_array(call, "w2", w2)
         checks.hidden(call, "hidden_states", x)
-        E_local, N, width = checks.weights(call, w1, w2, x.shape[1], act, self.fused_experts.quant_config)
-        checks.quant_config(call, self.fused_experts.quant_config, E_local, N, x.shape[1], width)
-        mapping = None if expert_map is None else as_numpy(call, "expert_map", expert_map)
-        mapping, G = checks.expert_map(call, mapping, G, E_local)
+        self._check_scheme(call, w1, w2, x.shape[1], act)
+        mapping = None if expert_map is None else as_array(call, "expert_map", expert_map)
+        mapping, G = checks.expert_map(call, mapping, G, w1.shape[0])
+        checks.one_device(call, hidden_states=x, w1=w1, w2=w2, expert_map=mapping)
         if mapping is not None and not self.fused_experts.supports_expert_map():
             rule = f"be None for {type(self.fused_experts).__name__}"
             raise UnsupportedError(complaint(call, "expert_map", rule, f"a map of {G} experts"))
-        return np.ascontiguousarray(x), w1, w2, mapping, G
+        return x, w1, w2, mapping, G
+
+    def _check_scheme(self, call: str, w1: Array, w2: Array, K: int, act: ActivationConfig) -> None:
+        """Check weights, scheme and activation against each other, once for the same three and K."""
+        known = self._accepted
+        if known and known[0]() is w1 and known[1]() is w2 and known[2:] == (K, act):
+            return
+        _, N, width = checks.weights(call, w1, w2, K, act, self.fused_experts.quant_config)
+        checks.quant_config(call, self.fused_experts.quant_config, w1, N, K, width)
+        self._accepted = (weakref.ref(w1), weakref.ref(w2), K, act)

@@ -15,7 +15,9 @@ from pymoe.contracts import (
     FusedMoEPrepareAndFinalizeModular,
     PrepareResult,
 )
+from pymoe.device.arrays import is_cuda, module_of, namespace
 from pymoe.kernel.stages import note_stage, recount, size_of, slice_scales
+from pymoe.weight_and_reduce import TopKWeightAndReduceNoOP
 
 Array = Any
 
@@ -65,7 +67,7 @@ class FusedMoEKernelModularImpl:
     ) -> Array | tuple[Array, Array]:
         """Run the layer; `output` (M, K), of any floating dtype, is created in the hidden dtype when None."""
         if output is None:
-            output = np.empty(hidden_states.shape, hidden_states.dtype)
+            output = namespace(hidden_states).empty(hidden_states.shape, hidden_states.dtype)
         if global_num_experts == -1:
             global_num_experts = w1.shape[0] if expert_map is None else len(expert_map)
         with note_stage("prepare", self):
@@ -144,10 +146,11 @@ class FusedMoEKernelModularImpl:
         item = np.dtype(act_dtype).itemsize
         bytes13 = max(size_of(shape[0]) for shape in shapes) * item
         bytes_out = size_of(out_shape) * routed_dtype.itemsize
-        workspace2 = np.empty(max(size_of(shape[1]) for shape in shapes), act_dtype)
+        empty = module_of(device).empty
+        workspace2 = empty(max(size_of(shape[1]) for shape in shapes), act_dtype)
         if M_chunk < M_full:
-            return np.empty(bytes13 // item, act_dtype), workspace2, np.empty(out_shape, routed_dtype)
-        common = np.empty(-(-max(bytes13, bytes_out) // 8), np.float64).view(np.uint8)
+            return empty(bytes13 // item, act_dtype), workspace2, empty(out_shape, routed_dtype)
+        common = empty(-(-max(bytes13, bytes_out) // 8), np.float64).view(np.uint8)
         fused_out = common[:bytes_out].view(routed_dtype).reshape(out_shape)
         return common[:bytes13].view(act_dtype), workspace2, fused_out
 
@@ -171,11 +174,14 @@ class FusedMoEKernelModularImpl:
         E_local, M, N, K, topk = experts.moe_problem_size(a1q, w1, w2, topk_ids)
         chunks, chunk = self._chunk_info(M)
         if chunks == 0:
-            return np.empty((0, K), experts.routed_dtype(output.dtype))
+            return namespace(a1q).empty((0, K), experts.routed_dtype(output.dtype))
         sizes = (N, K, topk, global_num_experts, E_local)
+        device = "cuda" if is_cuda(a1q) else "cpu"
         workspace13, workspace2, fused_out = self._allocate_buffers(
-            output.dtype, "cpu", chunk, M, *sizes, expert_tokens_meta, activation
+            output.dtype, device, chunk, M, *sizes, expert_tokens_meta, activation
         )
+        if self._writes_output(output):
+            fused_out = output
         rows_per_token = fused_out.shape[0] // M if a1q.ndim == 2 else 1
         for start in range(0, M, chunk):
             stop = min(start + chunk, M)
@@ -201,6 +207,15 @@ class FusedMoEKernelModularImpl:
                 apply_router_weight_on_input,
             )
         return fused_out
+
+    def _writes_output(self, output: Array) -> bool:
+        """Whether the experts' own output is already the caller's: nothing to reduce, nothing travels, same dtype."""
+        return (
+            self.prepare_finalize.keeps_tokens_in_place()
+            and isinstance(self.fused_experts.finalize_weight_and_reduce_impl(), TopKWeightAndReduceNoOP)
+            and output.dtype == self.fused_experts.routed_dtype(output.dtype)
+            and output.flags.c_contiguous
+        )
 
     def _finalize(
         self,

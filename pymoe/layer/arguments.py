@@ -9,7 +9,7 @@ import numpy as np
 from pymoe import checks
 from pymoe.config import RoutingConfig
 from pymoe.dense import Gate
-from pymoe.device.arrays import as_numpy
+from pymoe.device.arrays import as_array
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
 
 Array = Any
@@ -47,14 +47,15 @@ def routing_of(call: str, routing: Any, topk: int, num_experts: int) -> RoutingC
     if routing.topk != topk:
         raise ArgumentError(complaint(call, "routing.topk", f"equal topk = {topk}", routing.topk))
     if routing.e_score_correction_bias is not None:
-        checks.shape(call, "e_score_correction_bias", np.asarray(routing.e_score_correction_bias), (num_experts,))
+        bias = as_array(call, "e_score_correction_bias", routing.e_score_correction_bias)
+        checks.shape(call, "e_score_correction_bias", bias, (num_experts,))
     return routing
 
 
 def gate_of(call: str, gate: Array | Gate, num_experts: int, K: int) -> Gate:
     """Return the gate as a `Gate`, or refuse one of another shape."""
     if not isinstance(gate, Gate):
-        gate = Gate(as_numpy(call, "gate", gate))
+        gate = Gate(as_array(call, "gate", gate))
     if gate.weight.shape != (num_experts, K):
         raise ShapeError(complaint(call, "gate", f"have shape ({num_experts}, {K})", gate.weight.shape))
     return gate

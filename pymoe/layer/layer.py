@@ -12,15 +12,15 @@ from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.config import FusedMoEConfig, RoutingConfig, resolve_activation
 from pymoe.dense import Gate, SharedExperts
-from pymoe.device.arrays import HIDDEN_DTYPES, as_numpy
+from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, device_of, is_cuda, module_of, namespace
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, UnsupportedError, complaint
 from pymoe.kernel import FusedMoEKernel
 from pymoe.layer.arguments import check_single_process, expert_map_of, gate_of, routing_of, topk_of
 from pymoe.layer.plan import Plan
+from pymoe.layer.router import LayerRouter, loads
 from pymoe.ops.route.router import route_as
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 from pymoe.select import Refusal, select
-from pymoe.tokens import local_ids
 
 __all__ = ["MoELayer", "Plan"]
 
@@ -102,17 +102,22 @@ class MoELayer:
         config = FUSED_MOE_UNQUANTIZED_CONFIG if quant_config is None else quant_config
         checks.quant_config_type(call, config)
         self.activation = resolve_activation(call, activation, config)
-        self._w1: Any = as_numpy(call, "w1", w1)
-        self._w2: Any = as_numpy(call, "w2", w2)
+        self._w1: Any = as_array(call, "w1", w1)
+        self._w2: Any = as_array(call, "w2", w2)
+        checks.one_device(call, w1=self._w1, w2=self._w2)
+        self.device = "cuda" if is_cuda(self._w1) else "cpu"
         checks.shape(call, "w2", self._w2, (None, None, None))
         self.K = self._w2.shape[1]
         E_local, N, self.I = checks.weights(call, self._w1, self._w2, self.K, self.activation, config)
-        self.quant_config = checks.quant_config(call, config, E_local, N, self.K, self.I)
+        self.quant_config = checks.quant_config(call, config, self._w1, N, self.K, self.I)
         self.num_experts = E_local if num_experts is None else checks.integer(call, "num_experts", num_experts, 1)
-        self._expert_map = expert_map_of(call, placement, self.num_experts, E_local)
+        mapping = expert_map_of(call, placement, self.num_experts, E_local)
+        with device_of(self._w1):
+            self._expert_map = None if mapping is None else namespace(self._w1).asarray(mapping)
         self.topk = topk_of(call, topk, self.num_experts)
         self.routing = routing_of(call, routing, self.topk, self.num_experts)
         self.gate = None if gate is None else gate_of(call, gate, self.num_experts, self.K)
+        checks.one_device(call, w1=self._w1, gate=None if self.gate is None else self.gate.weight)
         if shared_experts is not None and not callable(shared_experts):
             raise DTypeError(complaint(call, "shared_experts", "be callable or None", type(shared_experts).__name__))
         self.shared_experts = shared_experts
@@ -121,8 +126,10 @@ class MoELayer:
             self.max_num_tokens = checks.integer(call, "max_num_tokens", max_num_tokens, 1)
         self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
         self.dtype = self._w1.dtype if self._w1.dtype in HIDDEN_DTYPES else np.dtype("float32")
+        self._router: Any = LayerRouter(self.gate, self.routing, self.num_experts)
         self._kernels: dict[Any, tuple[FusedMoEKernel, tuple[Refusal, ...]]] = {}
         self._lock = threading.Lock()
+        self._routed: Array | None = None
         self._last_load: Array | None = None
         self._closed = False
         self._kernel(self.dtype)
@@ -234,47 +241,29 @@ class MoELayer:
         """
         call = "MoELayer"
         self._check_open(call)
-        x = as_numpy(call, "hidden_states", hidden_states)
+        x = as_array(call, "hidden_states", hidden_states)
         checks.hidden(call, "hidden_states", x, self.K)
+        checks.one_device(call, w1=self._w1, hidden_states=x)
         self._check_tokens(call, x.shape[0])
+        given = {"router_logits": router_logits, "topk_weights": topk_weights, "topk_ids": topk_ids}
+        given = {label: None if array is None else as_array(call, label, array) for label, array in given.items()}
+        target = None
         if out is not None:
-            named = {"hidden_states": x, "router_logits": router_logits, "topk_weights": topk_weights,
-                     "topk_ids": topk_ids, "shared_experts_input": shared_experts_input}  # fmt: skip
-            out = as_numpy(call, "out", out)
-            checks.output(call, out, x.shape[0], x.shape[1], x.dtype, named | {"w1": self._w1, "w2": self._w2})
-        weights, ids = self._route(call, x, router_logits, topk_weights, topk_ids, input_ids)
-        y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, out)
-        local = local_ids(ids, self.num_experts, self._expert_map)
-        load = np.bincount(ids[local >= 0].astype(np.int64), minlength=self.num_experts)
-        load.flags.writeable = False
-        self._last_load = load
-        return y
-
-    def _route(
-        self, call: str, x: Array, router_logits: Any, topk_weights: Any, topk_ids: Any, input_ids: Any
-    ) -> tuple[Array, Array]:
-        """Return checked (weights, ids) from whatever the call brought, else from the gate."""
-        if (topk_weights is None) != (topk_ids is None):
-            missing, other = ("topk_ids", "topk_weights") if topk_ids is None else ("topk_weights", "topk_ids")
-            raise ArgumentError(complaint(call, missing, f"be given with {other}", None))
-        if topk_ids is not None:
-            if router_logits is not None:
-                raise ArgumentError(complaint(call, "router_logits", "be None beside topk arrays", "both"))
-            ids = as_numpy(call, "topk_ids", topk_ids)
-            checks.shape(call, "topk_ids", ids, (x.shape[0], self.topk))
-            weights, ids = checks.topk_arrays(call, as_numpy(call, "topk_weights", topk_weights), ids, x.shape[0])
-            return weights, checks.legal_ids(call, ids, self.num_experts)
-        if router_logits is not None:
-            logits = as_numpy(call, "router_logits", router_logits)
-            checks.shape(call, "router_logits", logits, (x.shape[0], self.num_experts))
-            checks.float_dtype(call, "router_logits", logits)
-        elif self.gate is not None:
-            logits = self.gate(x)
-        else:
-            rule = "be given to a layer without a gate"
-            raise ArgumentError(complaint(call, "router_logits", rule, None, "Or give topk_weights and topk_ids"))
-        weights, ids = route_as(call, logits, self.routing, hidden_states=x, input_ids=input_ids)
-        return weights, checks.legal_ids(call, ids, self.num_experts)
+            target = as_array(call, "out", out)
+            checks.one_device(call, hidden_states=x, out=target)
+            inputs = {"hidden_states": x, **given, "w1": self._w1, "w2": self._w2}
+            if shared_experts_input is not None:
+                inputs["shared_experts_input"] = as_array(call, "shared_experts_input", shared_experts_input)
+            checks.output(call, target, x.shape[0], x.shape[1], x.dtype, inputs)
+        if shared_experts_input is None and not isinstance(self.shared_experts, SharedExperts):
+            shared_experts_input = hidden_states  # a function of the user's gets the user's own kind of array
+        with device_of(x):
+            weights, ids = self._router.route(call, x, **given, input_ids=input_ids)
+            y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, target)
+        # Ids on a device are counted when somebody asks; the caller's own may have changed by then.
+        self._routed = ids if topk_ids is None or not is_cuda(ids) else ids.copy()
+        self._last_load = None
+        return as_given(y, hidden_states) if out is None else out
 
     def _run(
         self, call: str, kernel: FusedMoEKernel, x: Array, weights: Array, ids: Array, shared_input: Any, out: Any
@@ -299,9 +288,10 @@ class MoELayer:
         if not shared:
             return result
         beside, routed = result
-        beside = as_numpy(call, "the shared experts' output", beside)
+        beside = as_array(call, "the shared experts' output", beside)
         checks.shape(call, "the shared experts' output", beside, routed.shape)
-        out = np.empty(x.shape, x.dtype) if out is None else out
+        checks.one_device(call, **{"hidden_states": x, "the shared experts' output": beside})
+        out = namespace(x).empty(x.shape, x.dtype) if out is None else out
         with np.errstate(all="ignore"):
             routed += beside.astype(np.float32)
             out[...] = routed.astype(x.dtype)
@@ -322,16 +312,18 @@ class MoELayer:
         self._check_open("MoELayer.warm_up")
         M = checks.integer("MoELayer.warm_up", "M", M, 0)
         self._check_tokens("MoELayer.warm_up", M)
-        x = np.zeros((M, self.K), self.dtype)
-        logits = np.zeros((M, self.num_experts), np.float32) if self.gate is None else self.gate(x)
-        if self.routing.custom_routing_function is None:
-            route_as("MoELayer.warm_up", logits, self.routing, hidden_states=x, input_ids=np.zeros(M, np.int64))
-        ids = np.arange(M * self.topk, dtype=np.int32).reshape(M, self.topk) % self.num_experts
-        kernel = self._kernel(self.dtype)[0]
-        routed_only = FusedMoEKernel(kernel.prepare_finalize, kernel.fused_experts, chunk_size=self._chunk_size)
-        self._run("MoELayer.warm_up", routed_only, x, np.zeros(ids.shape, np.float32), ids, None, None)
-        if isinstance(self.shared_experts, SharedExperts):
-            self.shared_experts(x)
+        xp = module_of(self.device)
+        with device_of(self._w1):
+            x = xp.zeros((M, self.K), self.dtype)
+            logits = xp.zeros((M, self.num_experts), np.float32) if self.gate is None else self.gate(x)
+            if self.routing.custom_routing_function is None:
+                route_as("MoELayer.warm_up", logits, self.routing, hidden_states=x, input_ids=xp.zeros(M, np.int64))
+            ids = xp.arange(M * self.topk, dtype=np.int32).reshape(M, self.topk) % self.num_experts
+            kernel = self._kernel(self.dtype)[0]
+            routed_only = FusedMoEKernel(kernel.prepare_finalize, kernel.fused_experts, chunk_size=self._chunk_size)
+            self._run("MoELayer.warm_up", routed_only, x, xp.zeros(ids.shape, np.float32), ids, None, None)
+            if isinstance(self.shared_experts, SharedExperts):
+                self.shared_experts(x)
 
     def capture(self, M: int, inputs: str = "hidden") -> Any:
         """Capture a call with `M` tokens in a CUDA graph; the CPU has none.
@@ -344,16 +336,22 @@ class MoELayer:
 
     @property
     def last_load(self) -> Array | None:
-        """Rows that each global expert computed here in the last call, (num_experts,) int64, read-only; None before."""
-        return self._last_load
+        """Rows that each global expert computed here in the last call, (num_experts,) int64, read-only; None before.
+
+        A NumPy array; after a call on a device, asking for it waits for that call.
+        """
+        load, routed = self._last_load, self._routed
+        if load is None and routed is not None:
+            load = self._last_load = loads(routed, self.num_experts, self._expert_map)
+        return load
 
     def close(self) -> None:
         """Let go of the weights and kernels; later calls raise `ClosedError`.  May be called again."""
         with self._lock:
             self._closed = True
             self._kernels.clear()
-            self._w1 = self._w2 = None
-            self.gate = self.shared_experts = None
+            self._w1 = self._w2 = self._routed = None
+            self.gate = self.shared_experts = self._router = None
 
     def __enter__(self) -> MoELayer:
         return self
@@ -380,6 +378,7 @@ class MoELayer:
                     num_local_experts=self._w1.shape[0],
                     activation=self.activation,
                     in_dtype=dtype,
+                    device=self.device,
                     routing=self.routing,
                     has_bias=self.quant_config.w1.bias is not None or self.quant_config.w2.bias is not None,
                 )

@@ -41,6 +41,9 @@ class SingleProcessPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
     def output_is_reduced(self) -> bool:
         return False
 
+    def keeps_tokens_in_place(self) -> bool:
+        return True
+
     def prepare(
         self,
         a1: Array,

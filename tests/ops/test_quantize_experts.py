@@ -75,7 +75,7 @@ def test_keys_shapes_and_dtypes(scheme):
     assert name_of(config.activation_key) == activation_key
     assert not config.is_static and config.w1.bias is None
     # The checks of a call accept every array as it is.
-    checked = checks.quant_config("fused_experts", config, E, N, K, WIDTH)
+    checked = checks.quant_config("fused_experts", config, w1, N, K, WIDTH)
     for name in ("w1", "w2"):
         for part in ("scale", "scale_2", "zp"):
             given, taken = getattr(getattr(config, name), part), getattr(getattr(checked, name), part)
@@ -132,7 +132,7 @@ def test_groups_of_weight_only_integers(scheme, group):
     if scheme.endswith("zp"):
         halves = 2 if scheme.startswith("int4") else 1
         assert config.w1.zp.shape == (E, N // halves, groups[0]) and config.w2.zp.dtype == np.uint8
-    checks.quant_config("fused_experts", config, E, N, K, WIDTH)
+    checks.quant_config("fused_experts", config, w1, N, K, WIDTH)
 
 
 def test_zero_points_are_packed_along_n():
@@ -180,7 +180,7 @@ def test_zero_weights_and_no_experts(scheme):
         assert (config.w1.scale > 0).all() and np.isfinite(config.w1.scale).all()
     w1q, w2q, config = quantize_experts(w1[:0], w2[:0], scheme)
     assert w1q.shape[0] == 0 and config.w1.scale.shape[0] == 0
-    checks.quant_config("fused_experts", config, 0, 4, 32, 32)
+    checks.quant_config("fused_experts", config, w1[:0], 4, 32, 32)
 
 
 def test_inputs_are_left_alone():

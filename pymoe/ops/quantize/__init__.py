@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
+from pymoe.device.arrays import answers_in_kind
 from pymoe.errors import ArgumentError, ShapeError, complaint
 from pymoe.ops.quantize import _arguments as arguments
 from pymoe.ops.quantize import _matrices as matrices
@@ -19,6 +20,7 @@ __all__ = ["dequantize", "dequantize_activations", "quantize", "quantize_activat
 Array = Any
 
 
+@answers_in_kind
 def quantize(x: Array, key: QuantKey | str, *, scale: Any = None, block_shape: Any = None) -> tuple[Array, Any]:
     """Return the codes of `x` under `key`, and their scales.
 
@@ -93,6 +95,7 @@ def quantize(x: Array, key: QuantKey | str, *, scale: Any = None, block_shape: A
     return codes, scales
 
 
+@answers_in_kind
 def dequantize(
     codes: Array, scale: Any, key: QuantKey | str, *, dtype: Any = "float32", zp: Any = None, block_shape: Any = None
 ) -> Array:

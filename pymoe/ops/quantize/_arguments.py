@@ -37,7 +37,7 @@ def grid(call: str, argument: str, scale: Any, key: QuantKey, shape: tuple[int, 
     """Return scales of public shape as (B, row blocks, column blocks), or refuse them; B matrices of (R, K)."""
     B, R, K = shape
     kind = rules.layout(key)
-    scale = as_numpy(call, argument, scale if isinstance(scale, np.ndarray) else _number(call, argument, scale))
+    scale = as_numpy(call, argument, scale if hasattr(scale, "__dlpack__") else _number(call, argument, scale))
     names = {"e8m0": ("uint8", "float8_e8m0fnu"), "fp8": ("uint8", "float8_e4m3fn")}.get(key.scale.dtype)
     if names is None:
         checks.float_dtype(call, argument, scale)
@@ -61,7 +61,7 @@ def grid(call: str, argument: str, scale: Any, key: QuantKey, shape: tuple[int, 
 
 def global_scale(call: str, argument: str, value: Any, B: int) -> Array:
     """Return nvfp4's global scale as (B,) float32, or refuse it."""
-    value = as_numpy(call, argument, value if isinstance(value, np.ndarray) else _number(call, argument, value))
+    value = as_numpy(call, argument, value if hasattr(value, "__dlpack__") else _number(call, argument, value))
     checks.float_dtype(call, argument, value)
     if value.size == 1:
         value = np.broadcast_to(value.reshape(1), (B,))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
-from pymoe.device.arrays import BFLOAT16, as_numpy
+from pymoe.device.arrays import BFLOAT16, answers_in_kind, as_numpy
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.ops.quantize import _arguments as arguments
 from pymoe.ops.quantize import _matrices as matrices
@@ -63,6 +63,7 @@ ALIASES = {"fp8": "fp8_w8a8", "int8": "int8_w8a8", "int4": "int4_w4a16"}
 CASTS = {"fp32": np.dtype("float32"), "bf16": BFLOAT16, "fp16": np.dtype("float16")}
 
 
+@answers_in_kind
 def quantize_experts(
     w1: Array, w2: Array, scheme: str, *, group_size: int | None = None
 ) -> tuple[Array, Array, FusedMoEQuantConfig]:

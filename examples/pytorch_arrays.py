@@ -1,0 +1,32 @@
+"""PyTorch tensors through a pymoe layer and back, without a copy: python examples/pytorch_arrays.py
+
+Needs: pip install pymoe torch
+"""
+
+import torch
+
+import pymoe
+
+E, K, I, TOPK = 8, 64, 128, 2  # experts, hidden size, expert width, experts a token
+torch.manual_seed(0)
+w1 = torch.randn(E, 2 * I, K, dtype=torch.bfloat16) / K**0.5  # I gate rows, then I up rows
+w2 = torch.randn(E, K, I, dtype=torch.bfloat16) / I**0.5
+gate = torch.randn(E, K, dtype=torch.bfloat16)
+x = torch.randn(5, K, dtype=torch.bfloat16)
+
+layer = pymoe.MoELayer(w1, w2, topk=TOPK, gate=gate)
+y = layer(x)  # a torch.Tensor of x's dtype; pymoe borrowed x and the weights, and lent y
+
+# The same in PyTorch's own operations.
+weights, ids = torch.topk(torch.softmax(x.float() @ gate.float().T, -1), TOPK)
+weights = weights / weights.sum(-1, keepdim=True)
+expected = torch.zeros(x.shape)
+for token, (row, experts) in enumerate(zip(x, ids, strict=True)):
+    for weight, e in zip(weights[token], experts, strict=True):
+        gate_up = w1[e].float() @ row.float()
+        h = torch.nn.functional.silu(gate_up[:I]) * gate_up[I:]
+        expected[token] += weight * (w2[e].float() @ h.bfloat16().float())
+
+error = (y.float() - expected).norm() / expected.norm()
+print(f"{type(y).__name__} {y.dtype} {tuple(y.shape)}; relative difference from PyTorch {error:.1e}")
+assert error < 5e-3, error
