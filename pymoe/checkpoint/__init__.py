@@ -12,7 +12,7 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.checkpoint.deepseek_v3 import DEEPSEEK_V3
-from pymoe.checkpoint.family import Family
+from pymoe.checkpoint.family import Family, Request
 from pymoe.checkpoint.gpt_oss import GPT_OSS
 from pymoe.checkpoint.llama4 import LLAMA4, LLAMA4_TEXT
 from pymoe.checkpoint.mixtral import MIXTRAL
@@ -35,7 +35,9 @@ FAMILIES: dict[str, Family] = {
 """Reader by ``model_type`` of config.json; each has `layers` and `load`."""
 
 
-def load_layer(folder: str | os.PathLike[str], layer: int, *, experts: Any = None, dtype: Any = None) -> LayerWeights:
+def load_layer(
+    folder: str | os.PathLike[str], layer: int, *, experts: Any = None, dtype: Any = None, scheme: str | None = None
+) -> LayerWeights:
     """Read one MoE layer.
 
     Parameters
@@ -47,28 +49,35 @@ def load_layer(folder: str | os.PathLike[str], layer: int, *, experts: Any = Non
     experts : sequence of int, optional
         Global ids to read; only their bytes are touched.
     dtype : dtype, optional
-        float32, float16 or bfloat16, to which floating weights are cast; default the checkpoint's.
+        float32, float16 or bfloat16: what to compute in, to which floating weights are cast; default the checkpoint's
+        (bfloat16 for fp8 blocks, the biases' for mxfp4).
+    scheme : str, optional
+        Quantize the routed experts, see `quantize_experts`, from the numbers that the files hold, also where those are
+        codes; one expert at a time stands in memory in floats.  Shared experts stay floats.
 
     Raises
     ------
     CheckpointError
         A file is missing, malformed, or does not hold the layer; names the file and the tensor.
     UnsupportedError
-        Another model family, or a quantized checkpoint.
+        Another model family, or a quantization that the family's reader does not know.
     ArgumentError, DTypeError
-        `layer`, `experts` or `dtype` are not of that kind.
+        `layer`, `experts`, `dtype` or `scheme` are not of that kind.
+    ShapeError
+        Weights of a shape that `scheme` cannot hold.
     """
     layer = checks.integer("load_layer", "layer", layer, 0)
     experts = None if experts is None else _experts(experts)
     dtype = None if dtype is None else _dtype(dtype)
     tensors, config, family = _open("load_layer", folder)
-    return family.load(tensors, config, layer, experts, dtype)
+    return family.load(tensors, config, Request(layer, experts, dtype, scheme))
 
 
 def list_layers(folder: str | os.PathLike[str]) -> list[LayerSummary]:
     """Return a summary of every MoE layer of the checkpoint, in order, without reading weights.
 
-    Raises what `load_layer` raises.
+    Dense layers do not count, nor do those from ``num_hidden_layers`` on, which predict further tokens (MTP);
+    `load_layer` takes these by their number.  Raises what `load_layer` raises.
     """
     tensors, config, family = _open("list_layers", folder)
     return family.layers(tensors, config)
@@ -113,11 +122,18 @@ def _open(call: str, folder: Any) -> tuple[SafetensorsFolder, dict[str, Any], Fa
 
 
 def _check_quantization(path: Path, config: dict[str, Any], family: Family) -> None:
-    """Refuse a quantized checkpoint, unless it is in the fp8 blocks that the family reads."""
+    """Refuse a quantized checkpoint, unless it is in the form that the family reads."""
     found = config.get("quantization_config")
     if found is None:
         return
     reads = family.quantization
-    if reads is None or not isinstance(found, dict) or any(found.get(name) != value for name, value in reads.items()):
-        rule = "have no quantization_config" + ("" if reads is None else f" but {reads}")
+    if reads is None or not isinstance(found, dict):
+        rule = "have no quantization_config" + ("" if reads is None else f" but an object with {', '.join(reads)}")
         raise UnsupportedError(complaint("checkpoint", str(path / "config.json"), rule, reprlib.repr(found)))
+    for name, values in reads.items():
+        if found.get(name) not in values:
+            known = " or ".join("nothing" if value is None else str(value) for value in values)
+            rule = f"have {known} as {name} of quantization_config"
+            raise UnsupportedError(
+                complaint("checkpoint", str(path / "config.json"), rule, reprlib.repr(found.get(name)))
+            )

@@ -1,112 +1,99 @@
 """gpt-oss: all experts of a projection in one tensor, mxfp4 blocks or transposed floats, biases everywhere.
 
-Gate and up rows alternate, even rows gate, which is the activation swigluoai; the router picks the largest logits and
-takes the softmax of those.  Source: transformers ``GptOssMLP``, ``convert_moe_packed_tensors``.
+Gate and up rows alternate, even rows gate; the router picks the largest logits and takes the softmax of those.
+Source: transformers ``GptOssMLP``, ``convert_moe_packed_tensors``.
 """
 
 from __future__ import annotations
 
-import re
-import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pymoe.activations import ActivationConfig
 from pymoe.checkpoint.family import Family
-from pymoe.checkpoint.per_expert import FLOATS, Array, expect, requested, sizes, transposed
+from pymoe.checkpoint.fields import FLOATS, Config, config_of, expect, number
 from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
-from pymoe.checkpoint.weights import LayerSummary, LayerWeights
+from pymoe.checkpoint.stored import FusedFloats, PackedMxfp4, StoredExperts
 from pymoe.config import RoutingConfig
 from pymoe.dense import Gate
-from pymoe.quantization import FusedMoEQuantConfig
 
-GROUP = 32
-"""Weights that share an mx scale; 16 bytes of two codes."""
-_ROUTER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.mlp\.router\.weight")
+Array = Any
+
+PARTS = ("gate_up_proj", "down_proj")
+SWIGLUOAI = (1.702, 7.0)
+"""Alpha and limit that the activation swigluoai has; with others the rows are put in halves for its general form."""
 
 
-class GptOssLayout(Family):
+class GptOssFamily(Family):
     """The family's names and shapes."""
 
-    quantization = {"quant_method": "mxfp4"}
+    quantization = {"quant_method": ("mxfp4",)}
+    counts = ("num_local_experts",)
 
-    def load(
-        self,
-        tensors: SafetensorsFolder,
-        config: dict[str, Any],
-        layer: int,
-        experts: list[int] | None,
-        dtype: np.dtype | None,
-    ) -> LayerWeights:
-        E, topk = sizes(tensors, config, "num_local_experts")
-        chosen = requested(tensors, _name(layer, "router.weight"), layer, self._numbers(tensors), E, experts)
-        self._check_activation(tensors, config)
-        K, width, packed = self._geometry(tensors, layer, E)
-        router = Gate(tensors[_name(layer, "router.weight")].copy(), tensors[_name(layer, "router.bias")].copy())
-        biases = {f"w{i}_bias": tensors[_name(layer, f"experts.{part}_bias")][chosen].astype(np.float32)
-                  for i, part in ((1, "gate_up_proj"), (2, "down_proj"))}  # fmt: skip
-        own = tensors.dtype(_name(layer, "experts.gate_up_proj_bias" if packed else "experts.gate_up_proj"))
-        target = own if dtype is None else dtype
-        if packed:
-            w1, w2 = (self._codes(tensors, layer, part, chosen) for part in ("gate_up_proj", "down_proj"))
-            scales = [tensors[_name(layer, f"experts.{part}_scales")][chosen] for part in ("gate_up_proj", "down_proj")]
-            quant_config = FusedMoEQuantConfig.mxfp4_w4a16(w1_scale=scales[0], w2_scale=scales[1], **biases)
-        else:
-            w1, w2 = (
-                transposed(tensors[_name(layer, f"experts.{part}")], chosen, target)
-                for part in ("gate_up_proj", "down_proj")
-            )
-            quant_config = FusedMoEQuantConfig.biased(**biases)
-        routing = RoutingConfig(topk, routing_method="Renormalize")
-        activation = ActivationConfig("swigluoai")
-        return LayerWeights(
-            w1, w2, router, E, topk, tuple(chosen), routing, activation, target.name, quant_config
-        )  # fmt: skip
+    @property
+    def _router(self) -> str:
+        return _name("{layer}", "router.weight")
 
-    def _numbers(self, tensors: SafetensorsFolder) -> list[int]:
-        return sorted(int(match[1]) for name in tensors if (match := _ROUTER.fullmatch(name)))
-
-    def _summary(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int) -> LayerSummary:
-        E, topk = sizes(tensors, config, "num_local_experts")
-        K, width, packed = self._geometry(tensors, layer, E)
-        stored = ("_blocks", "_scales") if packed else ("",)
-        names = [_name(layer, f"experts.{part}{end}") for part in ("gate_up_proj", "down_proj") for end in stored]
-        dtype = "mxfp4" if packed else tensors.dtype(names[0]).name
-        return LayerSummary(layer, E, topk, K, width, dtype, sum(tensors.nbytes(name) for name in names))
-
-    def _geometry(self, tensors: SafetensorsFolder, layer: int, E: int) -> tuple[int, int, bool]:
-        """Return (K, I, whether packed) after checking every header; which layout it is, the names say."""
+    def _stored(
+        self, tensors: SafetensorsFolder, config: Config, layer: int, E: int, checked: Sequence[int]
+    ) -> StoredExperts:
         _, K = expect(tensors, _name(layer, "router.weight"), (E, None), FLOATS)
         expect(tensors, _name(layer, "router.bias"), (E,), FLOATS)
         _, N = expect(tensors, _name(layer, "experts.gate_up_proj_bias"), (E, None), FLOATS)
         expect(tensors, _name(layer, "experts.down_proj_bias"), (E, K), FLOATS)
-        packed = _name(layer, "experts.gate_up_proj_blocks") in tensors
-        for part, rows, columns in (("gate_up_proj", N, K), ("down_proj", K, N // 2)):
-            name = _name(layer, f"experts.{part}")
-            if not packed:
-                expect(tensors, name, (E, columns, rows), FLOATS)
-                continue
-            if columns % GROUP or N % 2:
-                raise fail(tensors.folder, f"hold {name} of a multiple of {GROUP} columns", (E, rows, columns))
-            expect(tensors, f"{name}_blocks", (E, rows, columns // GROUP, GROUP // 2), ("uint8",))
-            expect(tensors, f"{name}_scales", (E, rows, columns // GROUP), ("uint8", "float8_e8m0fnu"))
-        return K, N // 2, packed
+        names = [_name(layer, f"experts.{part}") for part in PARTS]
+        rows = _rows(tensors, config, N)
+        if f"{names[0]}_blocks" in tensors:
+            return PackedMxfp4(tensors, names, (E, K), N, rows)
+        stored = FusedFloats(tensors, names, (E, K), transposed=True, rows=rows)
+        if 2 * stored.I != N:
+            raise fail(tensors.folder, f"hold {names[0]} in shape {(E, K, N)}", (E, K, 2 * stored.I))
+        return stored
 
-    def _codes(self, tensors: SafetensorsFolder, layer: int, part: str, chosen: list[int]) -> Array:
-        """Return (experts, rows, columns / 2) bytes: the files' nibble order is pymoe's own."""
-        blocks = tensors[_name(layer, f"experts.{part}_blocks")]
-        return blocks[chosen].reshape(len(chosen), blocks.shape[1], -1)
+    def _routing(self, tensors: SafetensorsFolder, config: Config, layer: int, sizes: tuple[int, int]) -> RoutingConfig:
+        return RoutingConfig(sizes[1], routing_method="Renormalize")
 
-    def _check_activation(self, tensors: SafetensorsFolder, config: dict[str, Any]) -> None:
-        path = tensors.folder / "config.json"
-        limit = config.get("swiglu_limit", 7.0)
-        if limit != 7.0 or isinstance(limit, bool):
-            raise fail(path, "give swiglu_limit 7, the limit of swigluoai", reprlib.repr(limit))
+    def _activation(self, tensors: SafetensorsFolder, config: Config) -> ActivationConfig:
+        alpha, limit = _parameters(tensors, config)
+        if (alpha, limit) == SWIGLUOAI:
+            return ActivationConfig("swigluoai")
+        return ActivationConfig("swigluoai_uninterleave", clamp_limit=limit, alpha=alpha, beta=1.0)
+
+    def _gate(self, tensors: SafetensorsFolder, layer: int) -> Gate:
+        return Gate(*(tensors[_name(layer, f"router.{part}")].copy() for part in ("weight", "bias")))
+
+    def _dtype(self, tensors: SafetensorsFolder, layer: int, stored: StoredExperts) -> np.dtype:
+        is_packed = isinstance(stored, PackedMxfp4)
+        return tensors.dtype(_name(layer, "experts.gate_up_proj_bias")) if is_packed else stored.dtype
+
+    def _biases(
+        self, tensors: SafetensorsFolder, config: Config, layer: int, chosen: Sequence[int]
+    ) -> tuple[Array, Array]:
+        b1, b2 = (tensors[_name(layer, f"experts.{part}_bias")][list(chosen)].astype(np.float32) for part in PARTS)
+        rows = _rows(tensors, config, b1.shape[1])
+        return (b1 if rows is None else b1[:, rows]), b2
 
 
-def _name(layer: int, part: str) -> str:
+def _parameters(tensors: SafetensorsFolder, config: Config) -> tuple[float, float]:
+    """Return alpha and the limit of the activation."""
+    alpha = number(tensors, config, "swiglu_alpha", SWIGLUOAI[0])
+    limit = number(tensors, config, "swiglu_limit", SWIGLUOAI[1])
+    if limit <= 0:
+        raise fail(config_of(tensors), "give swiglu_limit above 0", limit)
+    return alpha, limit
+
+
+def _rows(tensors: SafetensorsFolder, config: Config, N: int) -> Array | None:
+    """Return the order of w1's rows: as they are, or all of gate before all of up."""
+    if _parameters(tensors, config) == SWIGLUOAI:
+        return None
+    return np.concatenate([np.arange(0, N, 2), np.arange(1, N, 2)])
+
+
+def _name(layer: int | str, part: str) -> str:
     return f"model.layers.{layer}.mlp.{part}"
 
 
-GPT_OSS = GptOssLayout()
+GPT_OSS = GptOssFamily()

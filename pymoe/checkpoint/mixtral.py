@@ -5,18 +5,18 @@ Source: transformers ``MixtralSparseMoeBlock``.
 
 from __future__ import annotations
 
-from typing import Any
-
-from pymoe.checkpoint.per_expert import PerExpertLayout
+from pymoe.checkpoint.fields import Config
+from pymoe.checkpoint.per_expert import PerExpertFamily
 from pymoe.checkpoint.safetensors import SafetensorsFolder
 from pymoe.config import RoutingConfig
 
 
-class MixtralLayout(PerExpertLayout):
-    """The family's names and router."""
+class MixtralFamily(PerExpertFamily):
+    """The family's router."""
 
-    def _routing(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, topk: int) -> RoutingConfig:
-        return RoutingConfig(topk, routing_method="Renormalize")
+    def _routing(self, tensors: SafetensorsFolder, config: Config, layer: int, sizes: tuple[int, int]) -> RoutingConfig:
+        return RoutingConfig(sizes[1], routing_method="Renormalize")
 
 
-MIXTRAL = MixtralLayout("block_sparse_moe", "w1", "w3", "w2", "num_local_experts")
+# The block is called mlp where all experts of a projection are one tensor.
+MIXTRAL = MixtralFamily(("block_sparse_moe", "mlp"), ("w1", "w3", "w2"), ("num_local_experts",))

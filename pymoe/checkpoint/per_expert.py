@@ -1,221 +1,132 @@
-"""Families that store three matrices an expert: ``model.layers.L.BLOCK.{gate, experts.E.{GATE, UP, DOWN}}.weight``.
+"""Families whose experts are named one by one: ``model.layers.L.BLOCK.{gate, experts.E.{GATE, UP, DOWN}}.weight``.
 
-A `PerExpertLayout` holds a family's own names; everything is checked from headers before memory is taken.
+The weights are floats, or e4m3 in blocks of 128 by 128.  transformers from version 5 can also write all experts of a
+projection as one tensor, ``mlp.experts.gate_up_proj`` and ``mlp.experts.down_proj``.
 """
 
 from __future__ import annotations
 
-import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from pymoe.activations import ActivationConfig
+from pymoe.checkpoint import fp8_blocks
 from pymoe.checkpoint.family import Family
+from pymoe.checkpoint.fields import FLOATS, Config, activation_of, config_of, expect
 from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
-from pymoe.checkpoint.weights import LayerSummary, LayerWeights
-from pymoe.config import RoutingConfig
+from pymoe.checkpoint.stored import FusedFloats, SeparateFloats, SeparateFp8, StoredExperts
 from pymoe.dense import SharedExperts
-from pymoe.errors import ArgumentError, complaint
 
 Array = Any
 
-FLOATS = ("float32", "float16", "bfloat16")
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
 
 @dataclass(frozen=True)
-class PerExpertLayout(Family):
+class PerExpertFamily(Family):
     """Names of one family; a subclass adds its router.
 
     Attributes
     ----------
-    block : str
-        What stands between the layer's number and the experts, such as "mlp".
-    gate, up, down : str
-        Projections of an expert: (I, K), (I, K) and (K, I).
-    num_experts : str
-        Field of config.json that counts experts; ``num_experts_per_tok`` is topk in all.
+    blocks : tuple of str
+        What may stand between the layer's number and the experts, such as "mlp".
+    parts : (str, str, str)
+        Gate (I, K), up (I, K) and down (K, I) projection of an expert.
+    counts : tuple of str
     shared : str, optional
-        Name of the shared expert in the block.
+        Name of the shared expert in the block; a layer has one unless `shared_count` says 0.
     shared_gate : bool
         Whether it has a gate of its own, under its name with ``_gate``.
-    dtypes : tuple of str
-        Of the experts' weights.
+    shared_count : str, optional
+        Field of config.json that counts shared experts, which together are one matrix a projection.
     """
 
-    block: str
-    gate: str
-    up: str
-    down: str
-    num_experts: str
+    quantization = fp8_blocks.QUANTIZATION
+
+    blocks: tuple[str, ...]
+    parts: tuple[str, str, str]
+    counts: tuple[str, ...]
     shared: str | None = None
-    shared_gate: bool = True
-    dtypes: tuple[str, ...] = FLOATS
+    shared_gate: bool = False
+    shared_count: str | None = None
 
-    def load(
-        self,
-        tensors: SafetensorsFolder,
-        config: dict[str, Any],
-        layer: int,
-        experts: list[int] | None,
-        dtype: np.dtype | None,
-    ) -> LayerWeights:
-        E, topk, chosen = self._request(tensors, config, layer, experts)
-        activation = activation_of(tensors, config)
-        routing = self._routing(tensors, config, layer, topk)
-        # All headers are checked before memory is taken, so that a lying config.json costs none.
-        width, K, own = self._geometry(tensors, layer, E, chosen)
-        target = own if dtype is None else dtype
-        shared = self._shared(tensors, layer, K, own, target, activation)
-        w1, w2 = self._read(tensors, layer, chosen, (width, K), target)
-        gate = tensors[self._name(layer, "gate")].copy()
-        return LayerWeights(
-            w1, w2, gate, E, topk, tuple(chosen), routing, activation, target.name, shared_experts=shared
-        )  # fmt: skip
+    @property
+    def _router(self) -> str:
+        return f"model.layers.{{layer}}.(?:{'|'.join(self.blocks)}).gate.weight"
 
-    def _request(
-        self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, experts: list[int] | None
-    ) -> tuple[int, int, list[int]]:
-        """Return (experts of the checkpoint, topk, the asked ids), or refuse a layer or an id that is not there."""
-        E, topk = sizes(tensors, config, self.num_experts)
-        router = self._name(layer, "gate")
-        return E, topk, requested(tensors, router, layer, self._numbers(tensors), E, experts)
+    def _prefix(self, tensors: SafetensorsFolder, layer: int) -> str:
+        """Return what the names of the layer's block start with."""
+        prefixes = [f"model.layers.{layer}.{block}" for block in self.blocks]
+        return next((prefix for prefix in prefixes if f"{prefix}.gate.weight" in tensors), prefixes[0])
 
-    def _routing(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, topk: int) -> RoutingConfig:
-        """Return the family's router with what config.json and the tensors say of it."""
-        raise NotImplementedError
+    def _stored(
+        self, tensors: SafetensorsFolder, config: Config, layer: int, E: int, checked: Sequence[int]
+    ) -> StoredExperts:
+        prefix = self._prefix(tensors, layer)
+        _, K = expect(tensors, f"{prefix}.gate.weight", (E, None), FLOATS)
+        self._check_shared(tensors, config, layer, K)
+        fused = [f"{prefix}.experts.{part}" for part in ("gate_up_proj", "down_proj")]
+        if fused[0] in tensors:
+            return FusedFloats(tensors, fused, (E, K), transposed=False)
 
-    def _read(
-        self, tensors: SafetensorsFolder, layer: int, chosen: list[int], size: tuple[int, int], target: np.dtype
-    ) -> tuple[Array, Array]:
-        """Return w1, gate rows over up rows, and w2 of the chosen experts of `size` (I, K), cast to `target`."""
-        width, K = size
-        w1 = np.empty((len(chosen), 2 * width, K), target)
-        w2 = np.empty((len(chosen), K, width), target)
-        for local, e in enumerate(chosen):
-            w1[local, :width] = tensors[self._name(layer, self.gate, e)]
-            w1[local, width:] = tensors[self._name(layer, self.up, e)]
-            w2[local] = tensors[self._name(layer, self.down, e)]
-        return w1, w2
+        def names(part: int, e: int) -> str:
+            return f"{prefix}.experts.{e}.{self.parts[part]}.weight"
 
-    def _numbers(self, tensors: SafetensorsFolder) -> list[int]:
-        pattern = re.compile(rf"model\.layers\.(0|[1-9][0-9]{{0,5}})\.{self.block}\.gate\.weight")
-        return sorted(int(match[1]) for name in tensors if (match := pattern.fullmatch(name)))
+        scale = names(0, next(iter(checked), 0)) + fp8_blocks.SCALE
+        if scale not in tensors:
+            return SeparateFloats(tensors, names, K, E, checked)
+        described = config.get("quantization_config")
+        if not isinstance(described, dict):
+            raise fail(config_of(tensors), "describe fp8 blocks in quantization_config", reprlib.repr(described))
+        is_e8m0 = described.get("scale_fmt") == "ue8m0" or tensors.dtype(scale).itemsize == 1
+        return SeparateFp8(tensors, names, K, E, checked, fp8_blocks.ScaleForm(is_e8m0))
 
-    def _summary(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int) -> LayerSummary:
-        E, topk = sizes(tensors, config, self.num_experts)
-        width, K, dtype = self._geometry(tensors, layer, E, range(E))
-        return LayerSummary(layer, E, topk, K, width, dtype.name, 3 * E * K * width * dtype.itemsize)
+    def _activation(self, tensors: SafetensorsFolder, config: Config) -> ActivationConfig:
+        return activation_of(tensors, config)
 
-    def _name(self, layer: int, part: str, expert: int | None = None) -> str:
-        prefix = f"model.layers.{layer}.{self.block}"
-        return f"{prefix}.{part}.weight" if expert is None else f"{prefix}.experts.{expert}.{part}.weight"
+    def _gate(self, tensors: SafetensorsFolder, layer: int) -> Array:
+        return tensors[f"{self._prefix(tensors, layer)}.gate.weight"].copy()
 
-    def _geometry(
-        self, tensors: SafetensorsFolder, layer: int, E: int, experts: Iterable[int]
-    ) -> tuple[int, int, np.dtype]:
-        """Return (I, K, dtype) of the experts after checking gate, expert 0 and every one of `experts` from headers."""
-        _, K = expect(tensors, self._name(layer, "gate"), (E, None), FLOATS)
-        first = self._name(layer, self.gate, 0)
-        width, _ = expect(tensors, first, (None, K), self.dtypes)
-        own = tensors.dtype(first)
-        for e in experts:
-            for part, shape in ((self.gate, (width, K)), (self.up, (width, K)), (self.down, (K, width))):
-                expect(tensors, self._name(layer, part, e), shape, (own.name,))
-        return width, K, own
+    def _dtype(self, tensors: SafetensorsFolder, layer: int, stored: StoredExperts) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16) if isinstance(stored, SeparateFp8) else stored.dtype
 
-    def _shared(
-        self,
-        tensors: SafetensorsFolder,
-        layer: int,
-        K: int,
-        own: np.dtype,
-        target: np.dtype,
-        activation: ActivationConfig,
-    ) -> SharedExperts | None:
-        """Return the family's shared expert with its gate, of a width of its own."""
-        if self.shared is None:
+    def _shared_names(self, tensors: SafetensorsFolder, config: Config, layer: int) -> list[str]:
+        """Return the names of the shared expert's gate, up and down projection; none where the layer has no such."""
+        if self.shared is None or (self.shared_count and config.get(self.shared_count, 1) in (0, None)):
+            return []
+        return [f"{self._prefix(tensors, layer)}.{self.shared}.{part}.weight" for part in self.parts]
+
+    def _check_shared(self, tensors: SafetensorsFolder, config: Config, layer: int, K: int) -> None:
+        names = self._shared_names(tensors, config, layer)
+        if not names:
+            return
+        dtypes = (*FLOATS, *SeparateFp8.dtypes)
+        width, _ = expect(tensors, names[0], (None, K), dtypes)
+        expect(tensors, names[1], (width, K), dtypes)
+        expect(tensors, names[2], (K, width), dtypes)
+        for name in names:
+            if tensors.dtype(name).name in SeparateFp8.dtypes:
+                fp8_blocks.check_blocks(tensors, name)
+        if self.shared_gate:
+            expect(tensors, f"{self._prefix(tensors, layer)}.{self.shared}_gate.weight", (1, K), FLOATS)
+
+    def _shared(self, tensors: SafetensorsFolder, config: Config, layer: int, dtype: np.dtype) -> SharedExperts | None:
+        """Return the shared expert with its gate, of a width of its own, in floats also where it is stored in fp8."""
+        names = self._shared_names(tensors, config, layer)
+        if not names:
             return None
-        names = {part: self._name(layer, f"{self.shared}.{part}") for part in (self.gate, self.up, self.down)}
-        width, _ = expect(tensors, names[self.gate], (None, K), (own.name,))
-        expect(tensors, names[self.up], (width, K), (own.name,))
-        expect(tensors, names[self.down], (K, width), (own.name,))
+        gate_up = np.concatenate([_matrix(tensors, name).astype(dtype) for name in names[:2]])
         gate = None
         if self.shared_gate:
-            name = self._name(layer, f"{self.shared}_gate")
-            expect(tensors, name, (1, K), FLOATS)
-            gate = tensors[name].copy()
-        w1 = np.concatenate([self._values(tensors, names[part], target) for part in (self.gate, self.up)])
-        return SharedExperts(w1, self._values(tensors, names[self.down], target), activation, gate)
-
-    def _values(self, tensors: SafetensorsFolder, name: str, target: np.dtype) -> Array:
-        """Return a floating tensor as `target`."""
-        return tensors[name].astype(target)
+            gate = tensors[f"{self._prefix(tensors, layer)}.{self.shared}_gate.weight"].copy()
+        down = _matrix(tensors, names[2]).astype(dtype)
+        return SharedExperts(gate_up, down, self._activation(tensors, config), gate)
 
 
-def requested(
-    tensors: SafetensorsFolder, router: str, layer: int, found: list[int], E: int, experts: list[int] | None
-) -> list[int]:
-    """Return the ids to load, or refuse a layer without a `router`, or an id that is not there."""
-    if router not in tensors:
-        raise fail(tensors.folder, f"hold an MoE layer {layer}", f"layers {reprlib.repr(found)}")
-    chosen = list(range(E)) if experts is None else experts
-    if any(e >= E for e in chosen):
-        raise ArgumentError(complaint("load_layer", "experts", f"be ids in 0..{E - 1}", reprlib.repr(chosen)))
-    return chosen
-
-
-def transposed(stored: Array, chosen: list[int], target: np.dtype) -> Array:
-    """Return (experts, rows, columns) of the chosen experts of a tensor stored (experts, columns, rows)."""
-    _, columns, rows = stored.shape
-    w = np.empty((len(chosen), rows, columns), target)
-    for local, e in enumerate(chosen):
-        w[local] = stored[e].T
-    return w
-
-
-def expect(
-    tensors: SafetensorsFolder, name: str, expected: tuple[int | None, ...], dtypes: tuple[str, ...]
-) -> tuple[int, ...]:
-    """Return the shape of a tensor, or refuse it; None stands for any length above 0."""
-    shape, dtype = tensors.shape(name), tensors.dtype(name)
-    if len(shape) != len(expected) or any(
-        s != e if e is not None else s == 0 for s, e in zip(shape, expected, strict=True)
-    ):
-        words = ", ".join("any" if e is None else str(e) for e in expected)
-        raise fail(tensors.folder, f"hold {name} in shape ({words})", shape)
-    if dtype.name not in dtypes:
-        raise fail(tensors.folder, f"hold {name} in {' or '.join(dtypes)}", dtype)
-    return shape
-
-
-def sizes(tensors: SafetensorsFolder, config: dict[str, Any], count: str) -> tuple[int, int]:
-    """Return (experts, topk) of config.json."""
-    sizes = []
-    for field in (count, "num_experts_per_tok"):
-        value = config.get(field)
-        if type(value) is not int or not 1 <= value <= 65536:
-            raise fail(tensors.folder / "config.json", f"give {field} as an integer in 1..65536", reprlib.repr(value))
-        sizes.append(value)
-    if sizes[1] > sizes[0]:
-        rule = f"give num_experts_per_tok at most the {sizes[0]} experts"
-        raise fail(tensors.folder / "config.json", rule, sizes[1])
-    return sizes[0], sizes[1]
-
-
-def activation_of(tensors: SafetensorsFolder, config: dict[str, Any]) -> ActivationConfig:
-    name = config.get("hidden_act", "silu")
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        rule = f"give hidden_act one of {', '.join(_ACTIVATIONS)}"
-        raise fail(tensors.folder / "config.json", rule, reprlib.repr(name))
-    return ActivationConfig(_ACTIVATIONS[name])
+def _matrix(tensors: SafetensorsFolder, name: str) -> Array:
+    """Return a weight in numbers, whatever it is stored in."""
+    is_fp8 = tensors.dtype(name).name in SeparateFp8.dtypes
+    return fp8_blocks.decoded(tensors, name) if is_fp8 else tensors[name]

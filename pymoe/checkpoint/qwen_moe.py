@@ -6,27 +6,23 @@ Source: transformers ``Qwen3MoeSparseMoeBlock``, ``Qwen2MoeSparseMoeBlock``.
 
 from __future__ import annotations
 
-import reprlib
-from typing import Any
-
-from pymoe.checkpoint.per_expert import PerExpertLayout
-from pymoe.checkpoint.safetensors import SafetensorsFolder, fail
+from pymoe.checkpoint.fields import Config, flag
+from pymoe.checkpoint.per_expert import PerExpertFamily
+from pymoe.checkpoint.safetensors import SafetensorsFolder
 from pymoe.config import RoutingConfig
 
 
-class QwenMoELayout(PerExpertLayout):
-    """The families' names and router."""
+class QwenMoEFamily(PerExpertFamily):
+    """The families' router."""
 
-    def _routing(self, tensors: SafetensorsFolder, config: dict[str, Any], layer: int, topk: int) -> RoutingConfig:
+    def _routing(self, tensors: SafetensorsFolder, config: Config, layer: int, sizes: tuple[int, int]) -> RoutingConfig:
         # Both families' configurations leave the chosen weights as they are unless they say otherwise.
-        renormalize = config.get("norm_topk_prob", False)
-        if not isinstance(renormalize, bool):
-            path = tensors.folder / "config.json"
-            raise fail(path, "give norm_topk_prob as true or false", reprlib.repr(renormalize))
-        return RoutingConfig(topk, routing_method="Renormalize" if renormalize else "Default")
+        renormalize = flag(tensors, config, "norm_topk_prob", False)
+        return RoutingConfig(sizes[1], routing_method="Renormalize" if renormalize else "Default")
 
 
-_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj", "num_experts")
+# transformers 5 writes num_local_experts for Qwen3-MoE, older versions and the published models num_experts.
+_NAMES = (("mlp",), ("gate_proj", "up_proj", "down_proj"), ("num_experts", "num_local_experts"))
 
-QWEN3_MOE = QwenMoELayout(*_NAMES)
-QWEN2_MOE = QwenMoELayout(*_NAMES, shared="shared_expert")
+QWEN3_MOE = QwenMoEFamily(*_NAMES)
+QWEN2_MOE = QwenMoEFamily(*_NAMES, shared="shared_expert", shared_gate=True)

@@ -19,7 +19,7 @@ class LayerWeights:
     Attributes
     ----------
     w1 : ndarray, (len(experts), N, K)
-        Gate rows, then up rows.
+        Gate rows, then up rows, or alternating where `activation` reads them so; floats, or codes of `quant_config`.
     w2 : ndarray, (len(experts), K, I)
     gate : ndarray, (num_experts, K), or Gate
     num_experts, topk : int
@@ -29,7 +29,8 @@ class LayerWeights:
     activation : ActivationConfig
     dtype : str
         Name of the dtype to compute in: the checkpoint's own, or the one asked for.
-    quant_config : FusedMoEQuantConfig, optional
+    quant_config : FusedMoEQuantConfig
+        Scales and biases.
     shared_experts : SharedExperts, optional
     """
 
@@ -42,18 +43,21 @@ class LayerWeights:
     routing: RoutingConfig
     activation: ActivationConfig
     dtype: str
-    quant_config: FusedMoEQuantConfig | None = None
+    quant_config: FusedMoEQuantConfig
     shared_experts: Any = None
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What `list_layers` says of one MoE layer without reading its weights."""
+    """What `list_layers` says of one MoE layer without reading its weights.
+
+    `scheme` is what the routed experts are stored in; `nbytes` is theirs, with scales.
+    """
 
     layer: int
     num_experts: int
     topk: int
     K: int
     I: int  # noqa: E741  the project's symbol
-    dtype: str
+    scheme: str
     nbytes: int

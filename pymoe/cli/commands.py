@@ -66,10 +66,10 @@ def run(options: argparse.Namespace) -> None:
 def info(options: argparse.Namespace) -> None:
     """List the MoE layers of a checkpoint."""
     layers = list_layers(options.checkpoint)
-    print(f"{'layer':>5} {'experts':>8} {'topk':>5} {'K':>7} {'I':>7}  {'dtype':10} {'bytes':>10}")
+    print(f"{'layer':>5} {'experts':>8} {'topk':>5} {'K':>7} {'I':>7}  {'stored in':24} {'bytes':>10}")
     for entry in layers:
         sizes = f"{entry.layer:>5} {entry.num_experts:>8} {entry.topk:>5} {entry.K:>7} {entry.I:>7}"
-        print(f"{sizes}  {entry.dtype:10} {report.size(entry.nbytes):>10}")
+        print(f"{sizes}  {entry.scheme:24} {report.size(entry.nbytes):>10}")
     print(f"{len(layers)} MoE layers, {report.size(sum(entry.nbytes for entry in layers))}")
 
 

@@ -83,7 +83,7 @@ class WeightOperand:
         if desc.shape.row == -1:
             return cls(codes, K, key, row_scale=_row_scale(scale, E, N, interleaved), bias=bias)
         columns = K if desc.shape.col == -1 else desc.shape.col
-        scale = scale.reshape(E, -1, -(-K // columns))
+        scale = scale.reshape(E, scale.shape[1], -(-K // columns))
         scale = scale.view(np.uint8) if scale.dtype.itemsize == 1 else np.ascontiguousarray(scale, np.float32)
         row_scale = None
         if desc.scale_2 is not None:

@@ -157,7 +157,7 @@ class MoELayer:
         experts : sequence of int, optional
             Global ids to load; the others map to -1 and contribute 0.
         scheme : str, optional
-            Quantize the weights on the way, see `quantize_experts`.
+            Quantize the routed experts on the way, see `quantize_experts`, one expert at a time; also from codes.
         comm : communicator, optional
             Of one rank for now.
         dtype : dtype, optional
@@ -171,16 +171,9 @@ class MoELayer:
             A file is missing, malformed, or of an unknown family; names file and tensor.
         """
         from pymoe.checkpoint import load_layer
-        from pymoe.ops.quantize import quantize_experts
 
         check_single_process("MoELayer.from_checkpoint", comm, "auto")
-        weights = load_layer(folder, layer, experts=experts, dtype=dtype)
-        w1, w2, quant_config = weights.w1, weights.w2, weights.quant_config
-        if scheme is not None:
-            if quant_config is not None:
-                rule = "be None for a checkpoint that is quantized already"
-                raise ArgumentError(complaint("MoELayer.from_checkpoint", "scheme", rule, repr(scheme)))
-            w1, w2, quant_config = quantize_experts(w1, w2, scheme)
+        weights = load_layer(folder, layer, experts=experts, dtype=dtype, scheme=scheme)
         settings = {
             "gate": weights.gate,
             "activation": weights.activation,
@@ -189,16 +182,15 @@ class MoELayer:
             "placement": list(weights.experts),
         }
         built = cls(
-            w1,
-            w2,
+            weights.w1,
+            weights.w2,
             topk=weights.topk,
             num_experts=weights.num_experts,
-            quant_config=quant_config,
+            quant_config=weights.quant_config,
             comm=comm,
             **(settings | options),
         )
-        if w1.dtype not in HIDDEN_DTYPES:
-            built.dtype = np.dtype(weights.dtype)
+        built.dtype = np.dtype(weights.dtype)
         return built
 
     def __call__(

@@ -96,7 +96,7 @@ def test_some_experts_only(tmp_path, packed):
 def test_list_layers_names_the_format(tmp_path):
     checkpoint(tmp_path / "ck", True)
     (summary,) = list_layers(tmp_path / "ck")
-    assert (summary.layer, summary.dtype, summary.K, summary.I) == (2, "mxfp4", K, WIDTH)
+    assert (summary.layer, summary.scheme, summary.K, summary.I) == (2, "mxfp4", K, WIDTH)
     assert summary.nbytes == E * 3 * WIDTH * K * 17 // 32
 
 
@@ -118,8 +118,10 @@ def put(name, array):
             CheckpointError,
             "gate_up_proj_blocks in uint8; got int8",
         ),
-        ({"swiglu_limit": 5.0}, CheckpointError, "swiglu_limit 7"),
-        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedError, "have no quantization_config but"),
+        ({"swiglu_limit": 0}, CheckpointError, "swiglu_limit above 0"),
+        ({"swiglu_limit": 10**400}, CheckpointError, "swiglu_limit as a number"),
+        ({"swiglu_alpha": True}, CheckpointError, "swiglu_alpha as a number"),
+        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedError, "have mxfp4 as quant_method"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(tmp_path, options, kind, text):

@@ -84,7 +84,7 @@ def test_list_layers(tmp_path):
     summaries = list_layers(tmp_path / "ck")
     assert [s.layer for s in summaries] == [2, 11]
     assert (summaries[0].num_experts, summaries[0].topk, summaries[0].K, summaries[0].I) == (4, 2, 16, 8)
-    assert summaries[0].nbytes == 4 * 3 * 16 * 8 * 4 and summaries[0].dtype == "float32"
+    assert summaries[0].nbytes == 4 * 3 * 16 * 8 * 4 and summaries[0].scheme == "float32"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,9 @@ def test_list_layers(tmp_path):
         ({"hidden_act": 3}, CheckpointError, "hidden_act"),
         ({"hidden_act": "relu2_no_mul"}, CheckpointError, "hidden_act"),
         ({"hidden_act": "swigluoai"}, CheckpointError, "hidden_act"),
-        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedError, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "fp8 as quant_method"),
+        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedError, "[128, 128] as weight_block_size"),
+        ({"quantization_config": [1]}, UnsupportedError, "no quantization_config but an object with quant_method"),
     ],
 )
 def test_config_json_is_not_trusted(tmp_path, config, kind, text):

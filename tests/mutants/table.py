@@ -81,5 +81,5 @@ MUTANTS = [
     Mutant("threads miss the last block", "pymoe/device/threads.py", "bounds = [min(units * i // blocks * grain, count) for i in range(blocks + 1)]", "bounds = [min(units * i // blocks * grain, count - 1) for i in range(blocks + 1)]", "tests/device/test_threads.py"),
     # Checkpoints
     Mutant("offsets may leave holes", READER, "if entry.start != at:", "if entry.start < at:", "tests/checkpoint/test_safetensors.py"),
-    Mutant("up rows are gate rows", "pymoe/checkpoint/per_expert.py", "w1[local, width:] = tensors[self._name(layer, self.up, e)]", "w1[local, width:] = tensors[self._name(layer, self.gate, e)]", "tests/checkpoint/test_mixtral.py"),
+    Mutant("up rows are gate rows", "pymoe/checkpoint/stored.py", "w1[self.I :] = self._tensors[self._names(1, e)]", "w1[self.I :] = self._tensors[self._names(0, e)]", "tests/checkpoint/test_mixtral.py"),
 ]  # fmt: skip
