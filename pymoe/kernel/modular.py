@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ from pymoe.contracts import (
     FusedMoEPrepareAndFinalizeModular,
     PrepareResult,
 )
-from pymoe.device.arrays import is_cuda, module_of, namespace
-from pymoe.kernel.stages import note_stage, recount, size_of, slice_scales
+from pymoe.device.arena import padded
+from pymoe.device.arrays import is_cuda, namespace
+from pymoe.device.workspace import Workspace, Workspaces, plan_workspace
+from pymoe.kernel.stages import first_of, note_stage, recount, size_of, slice_scales
 from pymoe.weight_and_reduce import TopKWeightAndReduceNoOP
 
 Array = Any
@@ -50,6 +53,7 @@ class FusedMoEKernelModularImpl:
         self.shared_experts = shared_experts
         chunk_size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
         self.chunk_size = checks.integer("FusedMoEKernel", "chunk_size", chunk_size, 1)
+        self.workspaces = Workspaces()
 
     def apply(
         self,
@@ -74,16 +78,18 @@ class FusedMoEKernelModularImpl:
             a1q, a1q_scale, meta, topk_ids, topk_weights = self._prepare(
                 hidden_states, topk_weights, topk_ids, global_num_experts, expert_map, apply_router_weight_on_input
             )
-        with note_stage("experts", self):
-            fused_out = self._fused_experts(
-                output, a1q, a1q_scale, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
-                apply_router_weight_on_input, meta,
-            )  # fmt: skip
-        with note_stage("finalize", self):
-            return self._finalize(
-                output, fused_out, hidden_states, topk_weights, topk_ids, apply_router_weight_on_input,
-                shared_experts_input,
-            )  # fmt: skip
+        # On a device the stream's workspace is ours until finalize has queued its reads of it.
+        with self.workspaces.current() if is_cuda(a1q) else contextlib.nullcontext("cpu") as device:
+            with note_stage("experts", self):
+                fused_out = self._fused_experts(
+                    output, a1q, a1q_scale, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
+                    apply_router_weight_on_input, meta, device,
+                )  # fmt: skip
+            with note_stage("finalize", self):
+                return self._finalize(
+                    output, fused_out, hidden_states, topk_weights, topk_ids, apply_router_weight_on_input,
+                    shared_experts_input,
+                )  # fmt: skip
 
     def _prepare(
         self,
@@ -120,7 +126,7 @@ class FusedMoEKernelModularImpl:
     def _allocate_buffers(
         self,
         out_dtype: Any,
-        device: Any,
+        device: str | Workspace,
         M_chunk: int,
         M_full: int,
         N: int,
@@ -130,27 +136,38 @@ class FusedMoEKernelModularImpl:
         local_num_experts: int,
         expert_tokens_meta: ExpertTokensMetadata | None,
         activation: Any,
+        needs_output: bool = True,
     ) -> tuple[Array, Array, Array]:
         """Return (workspace13, workspace2, fused_out), flat uninitialised workspaces and an output for M_full tokens.
 
         With one chunk workspace13 and fused_out are views of one allocation; with several, every chunk reuses
         workspace13 while fused_out keeps the earlier chunks' rows, so the two are apart.  The last chunk may be
-        shorter, and experts may choose otherwise for it: the workspaces are large enough for both lengths.
+        shorter, and experts may choose otherwise for it: the workspaces are large enough for both lengths.  `device`
+        is "cpu", or the workspace of a stream, whose three arrays are apart and are the same ones in every call.
+        Where the experts write the caller's output, fused_out is empty.
         """
         sizes = (N, K, top_k, global_num_experts, local_num_experts, expert_tokens_meta, activation)
         act_dtype = self.fused_experts.workspace_dtype(out_dtype)
         lengths = {M_chunk, M_full % M_chunk or M_chunk}
         shapes = [self.fused_experts.workspace_shapes(m, *sizes) for m in sorted(lengths)]
-        out_shape = self.fused_experts.workspace_shapes(M_full, *sizes)[2]
+        out_shape = self.fused_experts.workspace_shapes(M_full, *sizes)[2] if needs_output else (0,)
         routed_dtype = np.dtype(self.fused_experts.routed_dtype(out_dtype))
         item = np.dtype(act_dtype).itemsize
         bytes13 = max(size_of(shape[0]) for shape in shapes) * item
         bytes_out = size_of(out_shape) * routed_dtype.itemsize
-        empty = module_of(device).empty
-        workspace2 = empty(max(size_of(shape[1]) for shape in shapes), act_dtype)
+        elements2 = max(size_of(shape[1]) for shape in shapes)
+        if isinstance(device, Workspace):
+            plan = plan_workspace(
+                ("workspace13", (bytes13 // item,), np.dtype(act_dtype)),
+                ("workspace2", (elements2,), np.dtype(act_dtype)),
+                ("fused_out", out_shape, routed_dtype),
+            )
+            arrays = device.arrays(plan)
+            return arrays["workspace13"], arrays["workspace2"], arrays["fused_out"]
+        workspace2 = np.empty(elements2, act_dtype)
         if M_chunk < M_full:
-            return empty(bytes13 // item, act_dtype), workspace2, empty(out_shape, routed_dtype)
-        common = empty(-(-max(bytes13, bytes_out) // 8), np.float64).view(np.uint8)
+            return np.empty(bytes13 // item, act_dtype), workspace2, np.empty(out_shape, routed_dtype)
+        common = np.empty(-(-max(bytes13, bytes_out) // 8), np.float64).view(np.uint8)
         fused_out = common[:bytes_out].view(routed_dtype).reshape(out_shape)
         return common[:bytes13].view(act_dtype), workspace2, fused_out
 
@@ -168,6 +185,7 @@ class FusedMoEKernelModularImpl:
         expert_map: Array | None,
         apply_router_weight_on_input: bool,
         expert_tokens_meta: ExpertTokensMetadata | None,
+        device: Any = "cpu",
     ) -> Array:
         """Run the experts chunk by chunk; without rows they are skipped and finalize gets an empty array."""
         experts = self.fused_experts
@@ -176,11 +194,11 @@ class FusedMoEKernelModularImpl:
         if chunks == 0:
             return namespace(a1q).empty((0, K), experts.routed_dtype(output.dtype))
         sizes = (N, K, topk, global_num_experts, E_local)
-        device = "cuda" if is_cuda(a1q) else "cpu"
+        writes_output = self._writes_output(output)
         workspace13, workspace2, fused_out = self._allocate_buffers(
-            output.dtype, device, chunk, M, *sizes, expert_tokens_meta, activation
+            output.dtype, device, chunk, M, *sizes, expert_tokens_meta, activation, not writes_output
         )
-        if self._writes_output(output):
+        if writes_output:
             fused_out = output
         rows_per_token = fused_out.shape[0] // M if a1q.ndim == 2 else 1
         for start in range(0, M, chunk):
@@ -201,8 +219,8 @@ class FusedMoEKernelModularImpl:
                 expert_map,
                 slice_scales(a1q_scale, tokens),
                 slice_scales(experts.quant_config.a2.scale, tokens),
-                workspace13[: size_of(shape13)].reshape(shape13),
-                workspace2[: size_of(shape2)].reshape(shape2),
+                first_of(workspace13, shape13),
+                first_of(workspace2, shape2),
                 meta,
                 apply_router_weight_on_input,
             )
@@ -247,7 +265,7 @@ class FusedMoEKernelModularImpl:
         return output if self.shared_experts is None else (shared, output)
 
     def workspace_bytes(self, M: int, out_dtype: Any) -> int:
-        """Return the bytes of workspaces and unreduced output that a call with M tokens allocates at most."""
+        """Return the bytes of workspaces and unreduced output that a call with M tokens takes at most."""
         config = self.fused_experts.moe_config
         chunks, chunk = self._chunk_info(M)
         if chunks == 0:
@@ -260,4 +278,6 @@ class FusedMoEKernelModularImpl:
         shapes = [self.fused_experts.workspace_shapes(m, *arguments) for m in lengths]
         bytes13, bytes2 = (max(size_of(shape[i]) for shape in shapes) * item for i in (0, 1))
         bytes_out = size_of(self.fused_experts.workspace_shapes(M, *arguments)[2]) * routed
+        if config.device != "cpu":
+            return sum(padded((size,), np.uint8) for size in (bytes13, bytes2, bytes_out))
         return bytes2 + (bytes13 + bytes_out if chunks > 1 else max(bytes13, bytes_out))

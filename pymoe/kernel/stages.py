@@ -31,6 +31,11 @@ def size_of(shape: tuple[int, ...]) -> int:
     return size
 
 
+def first_of(flat: Array, shape: tuple[int, ...]) -> Array:
+    """Return the front of a flat workspace in `shape`; the workspace itself where that is all of it."""
+    return flat if flat.shape == shape else flat[: size_of(shape)].reshape(shape)
+
+
 def slice_scales(scale: Array | None, tokens: slice) -> Array | None:
     """Return the scales of a chunk: one scale for all tokens stays, one a token is cut."""
     return scale if scale is None or scale.size == 1 else scale[tokens]
