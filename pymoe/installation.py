@@ -14,7 +14,8 @@ from pymoe._version import __version__
 __all__ = ["installation", "show_config"]
 
 _REQUIRED = ("numpy", "ml_dtypes", "numba")
-_OPTIONAL = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "mpi4py": ("mpi4py",), "matplotlib": ("matplotlib",)}
+_OPTIONAL = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda.core": ("cuda-core",), "mpi4py": ("mpi4py",),
+             "matplotlib": ("matplotlib",)}  # fmt: skip
 
 
 def installation() -> dict[str, str]:
@@ -59,11 +60,12 @@ def processor() -> str:
 
 
 def _version(module: str, distributions: tuple[str, ...]) -> str:
-    if importlib.util.find_spec(module) is None:
-        return "not installed"
     for distribution in distributions:
         try:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
+    parent, _, child = module.partition(".")
+    if importlib.util.find_spec(parent) is None or child:  # to look for a child would load its parent
+        return "not installed"
     return "installed, version unknown"

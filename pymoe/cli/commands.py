@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from pymoe import environment, installation
+from pymoe.catalogue import all_kernels
 from pymoe.checkpoint import list_layers
 from pymoe.cli import files, report
 from pymoe.cli.progress import Progress
+from pymoe.device import cubins, jit
+from pymoe.device.arch import ARCHS, current_arch
+from pymoe.device.private import private_folder
 from pymoe.errors import ArgumentError, BackendUnavailableError, UnsupportedError, complaint
 from pymoe.layer import MoELayer
 
@@ -81,6 +85,37 @@ def doctor(options: argparse.Namespace) -> None:
         reason = report.why_missing(library)
         if reason:
             print(f"{library} cannot be used: {reason}; it is optional, pip install 'pymoe[{extra}]'")
+    found = installation.installation()
+    if any(found[library] != "not installed" for library in ("cupy", "cuda.core")):
+        report.print_cuda()
+
+
+def compile_kernels(options: argparse.Namespace) -> None:
+    """Compile every kernel for the architectures asked for, so that no later process has to."""
+    try:
+        folder = private_folder(cubins.FOLDER)
+    except OSError as error:
+        remedy = "Set PYMOE_CACHE_DIR to a folder of your own"
+        text = complaint("pymoe compile", "the cache folder", "be usable", error, remedy)
+        raise BackendUnavailableError(text) from None
+    for arch in options.arch or [_arch_of_the_device()]:
+        started = time.perf_counter()
+        kernels = all_kernels(arch)
+        missing = [kernel for kernel in kernels if not jit.is_kept(kernel, arch)]
+        with Progress(len(missing), "kernels") as progress:
+            jit.compile_all(missing, arch, options.jobs, lambda _: progress.advance(1))
+        seconds = time.perf_counter() - started
+        kept = len(kernels) - len(missing)
+        print(f"{arch:8} {len(kernels)} kernels, {kept} of them there before, {seconds:.1f} s, in {folder}")
+
+
+def _arch_of_the_device() -> str:
+    try:
+        return current_arch()
+    except BackendUnavailableError as error:
+        rule = "be given where no device says it"
+        remedy = f"Name one of {', '.join(ARCHS)}. ({str(error).rstrip('.')})"
+        raise ArgumentError(complaint("pymoe compile", "--arch", rule, "none", remedy)) from None
 
 
 def later(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import NoReturn
 from pymoe import environment
 from pymoe._version import __version__
 from pymoe.cli import commands
+from pymoe.device.arch import ARCHS
 from pymoe.errors import PymoeError
 
 OK, FAILURE, USAGE = 0, 1, 2
@@ -73,7 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor = subparsers.add_parser("doctor", help="show versions, processor, threads, caches, optional libraries")
     doctor.set_defaults(command=commands.doctor)
 
-    for name, purpose in (("bench", "time a layer"), ("compile", "compile the CUDA kernels")):
-        later = subparsers.add_parser(name, help=f"{purpose} (not in this version)")
-        later.set_defaults(command=commands.later, name=name)
+    compile_ = subparsers.add_parser("compile", help="compile the CUDA kernels into the cache; needs no GPU")
+    known = f"one of {', '.join(ARCHS)}; may be given again; default the current device's"
+    compile_.add_argument("--arch", action="append", metavar="A", choices=tuple(ARCHS), help=known)
+    compile_.add_argument("--jobs", type=_positive, metavar="N", help="compilations at a time; default the threads")
+    compile_.set_defaults(command=commands.compile_kernels)
+
+    bench = subparsers.add_parser("bench", help="time a layer (not in this version)")
+    bench.set_defaults(command=commands.later, name="bench")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number

@@ -69,6 +69,22 @@ def why_missing(library: str) -> str:
     return "" if done.returncode == 0 else "".join(last)[:300] or f"its import ends with status {done.returncode}"
 
 
+def print_cuda() -> None:
+    """Print what there is of CUDA.  Another process looks, since broken libraries may crash or hang theirs."""
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from pymoe.device import findings; findings.show()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, errors="replace", timeout=120
+        )
+    except subprocess.TimeoutExpired:
+        print("CUDA cannot be used: looking for it takes more than two minutes")
+        return
+    print(done.stdout, end="")
+    if done.returncode != 0:
+        last = "".join(done.stderr.strip().splitlines()[-1:])[:300]
+        print(f"CUDA cannot be used: the look ended with status {done.returncode} {last}".rstrip())
+
+
 def can_plot() -> bool:
     """Return whether matplotlib is there, without loading it."""
     return importlib.util.find_spec("matplotlib") is not None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pymoe.device import toolkit
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
 
-__all__ = ["ARCHS", "MAX_THREADS", "Limits", "arch_of", "current_arch", "limits"]
+__all__ = ["ARCHS", "MAX_THREADS", "Limits", "arch_of", "current_arch", "limits", "number_of"]
 
 MAX_THREADS = 1024
 """Threads of one block, on every architecture."""
@@ -52,7 +52,7 @@ def arch_of(major: int, minor: int) -> str:
     for name in (f"sm_{number}a", f"sm_{number}"):
         if name in ARCHS:
             return name
-    portable = [n for n in map(_number, ARCHS) if n // 10 == major and n < number and f"sm_{n}" in ARCHS]
+    portable = [n for n in map(number_of, ARCHS) if n // 10 == major and n < number and f"sm_{n}" in ARCHS]
     if not portable:
         known = ", ".join(ARCHS)
         raise UnsupportedError(complaint("pymoe", "the GPU", f"run code for one of {known}", f"sm_{number}"))
@@ -61,12 +61,12 @@ def arch_of(major: int, minor: int) -> str:
 
 def current_arch() -> str:
     """Return the architecture of CuPy's current device, or say what is missing to have one."""
-    from cupy.cuda import runtime
-
     try:
+        from cupy.cuda import runtime
+
         return _device_arch(runtime.getDevice())
-    except runtime.CUDARuntimeError:
-        toolkit.device_count()
+    except Exception:
+        toolkit.device_count()  # says what is missing, where that is the reason
         raise
 
 
@@ -85,5 +85,6 @@ def limits(arch: str) -> Limits:
     return ARCHS[arch]
 
 
-def _number(arch: str) -> int:
+def number_of(arch: str) -> int:
+    """Return 90 for "sm_90a"."""
     return int(arch.removeprefix("sm_").removesuffix("a"))

@@ -16,7 +16,10 @@ from pymoe import environment
 from pymoe._version import __version__
 from pymoe.device.private import private_folder
 
-__all__ = ["CompiledKernel", "read", "seal", "unseal", "write"]
+__all__ = ["FOLDER", "CompiledKernel", "read", "seal", "unseal", "write"]
+
+FOLDER = f"cubins-{__version__}"
+"""The store's folder in the cache folder; those of earlier versions may be deleted."""
 
 _MAGIC = b"pymoe cubin 1\n"
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -80,7 +83,7 @@ def unseal(key: str, entry: bytes) -> CompiledKernel | None:
 def _open() -> MutableMapping[bytes, bytes] | None:
     """Return the store, or None where there is no folder that is safe to use."""
     try:
-        return _store(str(private_folder(f"cubins-{__version__}")))
+        return _store(str(private_folder(FOLDER)))
     except OSError as error:
         _say_once(str(error))
         return None

@@ -23,7 +23,17 @@ from pymoe.device import cubins, toolkit
 from pymoe.device.cubins import CompiledKernel
 from pymoe.errors import BackendUnavailableError, KernelCompileError, complaint
 
-__all__ = ["CompiledKernel", "KernelId", "compile_all", "compile_kernel", "load_kernel", "source_folder"]
+__all__ = [
+    "PROBE",
+    "CompiledKernel",
+    "KernelId",
+    "compile_all",
+    "compile_kernel",
+    "compile_now",
+    "is_kept",
+    "load_kernel",
+    "source_folder",
+]
 
 
 class KernelId(NamedTuple):
@@ -39,6 +49,9 @@ class KernelId(NamedTuple):
     def __str__(self) -> str:
         return f"{self.expression} of {self.unit}"
 
+
+PROBE = KernelId("common/probe.cu", "pymoe::probe_kernel<float>")
+"""The smallest kernel: whether it compiles says whether others can."""
 
 _OPTIONS = {
     "std": "c++17",
@@ -90,6 +103,11 @@ def compile_kernel(kernel: KernelId, arch: str) -> CompiledKernel:
             future.set_exception(error)
             raise
     return future.result()
+
+
+def is_kept(kernel: KernelId, arch: str) -> bool:
+    """Return whether the disk cache holds a kernel."""
+    return cubins.read(cache_key(kernel, arch)) is not None
 
 
 def compile_all(
@@ -176,13 +194,14 @@ def _read_or_compile(kernel: KernelId, arch: str) -> CompiledKernel:
     key = cache_key(kernel, arch)
     compiled = cubins.read(key)
     if compiled is None:
-        toolkit.check_arch(arch)
-        compiled = _compile(kernel, arch)
+        compiled = compile_now(kernel, arch)
         cubins.write(key, compiled)
     return compiled
 
 
-def _compile(kernel: KernelId, arch: str) -> CompiledKernel:
+def compile_now(kernel: KernelId, arch: str) -> CompiledKernel:
+    """Compile a kernel, whatever is kept already; raises as `compile_kernel`."""
+    toolkit.check_arch(arch)
     core = toolkit.cuda_core()
     source = (source_folder() / kernel.unit).read_text(encoding="utf-8")
     folders = [str(source_folder()), *map(str, toolkit.include_path())]

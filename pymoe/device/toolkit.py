@@ -52,8 +52,7 @@ def nvrtc_archs() -> tuple[int, ...]:
 
 def check_arch(arch: str) -> None:
     """Raise `BackendUnavailableError` if this NVRTC does not know the architecture `arch`."""
-    number = int(arch.removeprefix("sm_").removesuffix("a"))
-    if number not in nvrtc_archs():
+    if int(arch.removeprefix("sm_").removesuffix("a")) not in nvrtc_archs():
         version = ".".join(map(str, nvrtc_version()))
         rule = f"be one that NVRTC {version} knows (sm_{min(nvrtc_archs())} to sm_{max(nvrtc_archs())})"
         remedy = "Install a newer NVRTC: pip install -U nvidia-cuda-nvrtc"
@@ -90,7 +89,8 @@ def device_count() -> int:
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
-        raise _no_device(error.status, _first_line(error)) from None
+        found = "none" if runtime.driverGetVersion() == 0 else _first_line(error)
+        raise _no_device(error.status, found) from None
     if count == 0:
         raise _no_device(_NO_DEVICE, "none")
     return count

@@ -14,13 +14,12 @@ import pytest
 
 from pymoe.device import cubins, jit, toolkit
 from pymoe.device.cubins import CompiledKernel
-from pymoe.device.jit import KernelId, compile_all, compile_kernel
+from pymoe.device.jit import PROBE, KernelId, compile_all, compile_kernel
 from pymoe.errors import ArgumentError, BackendUnavailableError, KernelCompileError
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
 ROOT = Path(__file__).parents[2]
-PROBE = KernelId("common/probe.cu", "pymoe::probe_kernel<float>")
 CODE = """
 from pymoe.device.jit import KernelId, compile_kernel
 for arch in ("sm_80", "sm_90a"):
@@ -41,8 +40,8 @@ def cache(tmp_path, monkeypatch):
 def compilations(monkeypatch):
     """The kernels that were compiled rather than read, in order."""
     made = []
-    compile_now = jit._compile
-    monkeypatch.setattr(jit, "_compile", lambda kernel, arch: made.append(kernel) or compile_now(kernel, arch))
+    compile_now = jit.compile_now
+    monkeypatch.setattr(jit, "compile_now", lambda kernel, arch: made.append(kernel) or compile_now(kernel, arch))
     return made
 
 
@@ -136,7 +135,7 @@ def test_an_entry_cut_anywhere_is_refused(size):
 
 @pytest.mark.parametrize("kind", ["K2_writable", "K2_inner_writable", "K2_symlink", "J3_a_file", "J3_read_only"])
 def test_an_unsafe_or_impossible_cache_is_off_and_says_so(cache, compilations, monkeypatch, caplog, tmp_path, kind):
-    inner = cache / f"cubins-{cubins.__version__}"
+    inner = cache / cubins.FOLDER
     if kind == "K2_writable":
         cache.mkdir()
         cache.chmod(0o777)

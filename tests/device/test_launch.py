@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from pymoe.device import launch
-from pymoe.device.jit import KernelId, load_kernel
+from pymoe.device.jit import PROBE, KernelId, load_kernel
 from pymoe.device.launch import LaunchPlan, Loaded, check_arguments
 from pymoe.errors import ArgumentError, BackendUnavailableError, DTypeError, UnsupportedError
 from tests import gpu
 
-PROBE = KernelId("common/probe.cu", "pymoe::probe_kernel<float>")
 PARAMETERS = (8, 4, 8)  # float* out, float value, int64 count
 
 
