@@ -11,6 +11,8 @@ from pymoe.contracts.prepare_finalize import (
     FusedMoEPrepareAndFinalizeMonolithic,
 )
 from pymoe.contracts.results import (
+    DeviceRowMap,
+    DeviceSlabMap,
     ExpertTokensMetadata,
     FusedMoEActivationFormat,
     PrepareMonolithicResult,
@@ -20,6 +22,8 @@ from pymoe.contracts.results import (
 from pymoe.contracts.weight_and_reduce import TopKWeightAndReduce
 
 __all__ = [
+    "DeviceRowMap",
+    "DeviceSlabMap",
     "ExpertTokensMetadata",
     "FusedMoEActivationFormat",
     "FusedMoEExperts",

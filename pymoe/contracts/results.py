@@ -81,3 +81,55 @@ class RowMap:
     def row_to_token(self) -> Array:
         """Token of each row, (P,) int64."""
         return self.row_to_slot // max(self.slot_to_row.shape[1], 1)
+
+
+@dataclass(frozen=True)
+class DeviceRowMap:
+    """`RowMap` on a GPU: int32, with room for the worst case, since the host does not know how many slots have a row.
+
+    Attributes
+    ----------
+    expert_offsets : (E_local + 1,) int32
+        Rows of expert e are ``expert_offsets[e]:expert_offsets[e + 1]``; the last entry counts the live rows P.
+    row_to_slot : (M * topk,) int32
+        Flat slot ``t * topk + j`` of each row, ascending within an expert; -1 from P on.
+    slot_to_row : (M, topk) int32
+        The inverse; -1 where a slot has no row.
+    tiles : (capacity, 4) int32
+        Work list of the grouped GEMM: local expert, first row, rows (1..tile_rows), 0.  Experts ascend; only the first
+        `tile_count` entries are written.
+    tile_count : (1,) int32
+    tile_rows : int
+        Most rows of a tile.
+    """
+
+    expert_offsets: Array
+    row_to_slot: Array
+    slot_to_row: Array
+    tiles: Array
+    tile_count: Array
+    tile_rows: int
+
+
+@dataclass(frozen=True)
+class DeviceSlabMap:
+    """Rows in the batched format on a GPU: expert e's tokens stand from row ``e * slab_rows`` on, in token order.
+
+    Attributes
+    ----------
+    expert_num_tokens : (E_local,) int32
+        Rows of each expert: a token that names an expert twice has one row there.
+    slot_to_row : (M, topk) int32
+        Flat row ``e * slab_rows + i`` of each slot; -1 where it has none.
+    tiles, tile_count, tile_rows
+        As in `DeviceRowMap`.
+    slab_rows : int
+        Rows an expert has room for.
+    """
+
+    expert_num_tokens: Array
+    slot_to_row: Array
+    tiles: Array
+    tile_count: Array
+    slab_rows: int
+    tile_rows: int

@@ -1,0 +1,163 @@
+// The stable counting sort of routed slots by local expert: the parts that one block and many blocks share.
+//
+// A warp owns a run of consecutive slots and walks it 32 at a time.  Lanes with the same expert find each other by a
+// match, and the lanes before a lane in its match are its rank; a 16-bit counter a warp and expert carries the rank from
+// step to step.  So a slot's place depends on the ids alone.
+#pragma once
+
+#include "common/elements.cuh"
+#include "common/scan.cuh"
+
+namespace pymoe {
+
+constexpr int WARP = 32;
+constexpr unsigned FULL = 0xffffffffu;
+constexpr uint32 NOWHERE = 0xffffu;  // local expert of a slot without a row, in 16 bits
+
+// Where the rows of the experts stand.
+enum Layout {
+    PACKED,  // one after the other
+    PADDED,  // each from a multiple of the tile on
+    SLABS    // each from a multiple of slab_rows on; a token that names an expert twice has one row there
+};
+
+// Whose a slot is.
+struct Routing {
+    const void* ids;
+    int ids_kind;
+    const int32* expert_map;  // null: ids are local
+    int ids_end;              // ids are below it
+    int E;
+    int topk;
+
+    // The local expert of slot s, -1 for none; only legal ids become an index.
+    __device__ __forceinline__ int expert_of(int64 s) const {
+        int64 id = load_integer(ids, s, ids_kind);
+        if (id < 0 || id >= ids_end) return -1;
+        int local = expert_map == nullptr ? static_cast<int>(id) : expert_map[id];
+        return local >= 0 && local < E ? local : -1;
+    }
+
+    // Whether an earlier slot of the token has the same expert.
+    __device__ __forceinline__ bool repeats(int64 s, int local) const {
+        for (int64 other = s / topk * topk; other < s; ++other)
+            if (expert_of(other) == local) return true;
+        return false;
+    }
+};
+
+// Counts the slots [first, first + count) by warp and expert into hist (warps, E) and notes, for each of them, its rank
+// within its warp and its expert in `state`.  `warps` warps of the block work; hist is 0 before.  Ends with a barrier.
+template <Layout LAYOUT>
+__device__ void rank_slots(uint16* hist, uint32* state, const Routing& routing, int64 first, int count,
+                           int warps) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int run = (count + warps * WARP - 1) / (warps * WARP) * WARP;
+    if (warp < warps) {
+        uint16* mine = hist + warp * routing.E;
+        for (int i = warp * run + lane; i - lane < min((warp + 1) * run, count); i += WARP) {
+            int local = i < count ? routing.expert_of(first + i) : -1;
+            if (LAYOUT == SLABS && local >= 0 && routing.repeats(first + i, local)) local = -1;
+            unsigned same = __match_any_sync(FULL, local);
+            unsigned before = same & ((1u << lane) - 1);
+            int rank = 0;
+            if (local >= 0) rank = mine[local] + __popc(before);
+            __syncwarp();
+            if (local >= 0 && before == 0) mine[local] = static_cast<uint16>(rank + __popc(same));
+            __syncwarp();
+            if (i < count) state[i] = static_cast<uint32>(rank) << 16 | (static_cast<uint32>(local) & NOWHERE);
+        }
+    }
+    __syncthreads();
+}
+
+// Turns counts by warp into sums over the warps before, and writes the sum over all to totals (E).
+__device__ __forceinline__ void sum_warps(int32* totals, uint16* hist, int E, int warps) {
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+        int running = 0;
+        for (int w = 0; w < warps; ++w) {
+            int here = hist[w * E + e];
+            hist[w * E + e] = static_cast<uint16>(running);
+            running += here;
+        }
+        totals[e] = running;
+    }
+}
+
+// Writes the places of the slots [first, first + count); base (E) is the row of an expert's first slot among them.
+template <Layout LAYOUT>
+__device__ void place_slots(int32* row_to_slot, int32* slot_to_row, const int32* base, const uint16* hist,
+                            const uint32* state, const Routing& routing, int64 first, int count, int warps,
+                            int slab_rows) {
+    int run = (count + warps * WARP - 1) / (warps * WARP) * WARP;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        uint32 local = state[i] & NOWHERE;
+        int64 s = first + i;
+        if (local == NOWHERE) {
+            // A repeated slot of the slab layout is written by the first of its kind.
+            if (slot_to_row != nullptr && (LAYOUT != SLABS || routing.expert_of(s) < 0)) slot_to_row[s] = -1;
+            continue;
+        }
+        int32 row = base[local] + hist[i / run * routing.E + local] + static_cast<int32>(state[i] >> 16);
+        if (LAYOUT == SLABS) {
+            if (row - static_cast<int32>(local) * slab_rows >= slab_rows) row = -1;
+            int64 end = (s / routing.topk + 1) * routing.topk;
+            for (int64 other = s + 1; other < end; ++other)
+                if (routing.expert_of(other) == static_cast<int>(local)) slot_to_row[other] = row;
+            slot_to_row[s] = row;
+        } else if (LAYOUT == PADDED) {
+            row_to_slot[row] = static_cast<int32>(s);
+            if (slot_to_row != nullptr) slot_to_row[s] = static_cast<int32>(s);
+        } else {
+            row_to_slot[row] = static_cast<int32>(s);
+            slot_to_row[s] = row;
+        }
+    }
+}
+
+// What a sort leaves for its readers; see the kernels for the shapes.
+struct Sorted {
+    int32* offsets;      // PACKED: (E + 1,); SLABS: (E,) rows of each slab, or null; PADDED: unused
+    int4* tiles;         // PACKED, SLABS: (capacity,)
+    int32* tile_experts; // PADDED: (tiles,), -1 in the unused tail
+    int32* tile_count;   // (1,); PADDED: in rows
+    const int32* labels; // PADDED: what to call expert e, or null for e
+    int tile_capacity;   // PADDED: length of tile_experts
+    int tile_rows;
+    int slab_rows;
+};
+
+// From the rows of each expert: the row each starts at (start, E), the list of tiles, and what else the layout promises.
+// All threads of the block; counts (E) and tile_start (E) are shared memory, and start may be too.  A barrier after it.
+template <Layout LAYOUT>
+__device__ void lay_out(int32* start, int32* counts, int32* tile_start, const Sorted& out, int E, int32* scratch) {
+    __syncthreads();
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+        if (LAYOUT == SLABS) counts[e] = min(counts[e], out.slab_rows);
+        tile_start[e] = (counts[e] + out.tile_rows - 1) / out.tile_rows;
+        start[e] = LAYOUT == PACKED ? counts[e] : e * out.slab_rows;
+    }
+    __syncthreads();
+    int32 rows = LAYOUT == PACKED ? exclusive_sums(start, E, scratch) : 0;
+    int32 tiles = exclusive_sums(tile_start, E, scratch);
+    if (LAYOUT == PADDED) {
+        for (int e = threadIdx.x; e < E; e += blockDim.x) start[e] = tile_start[e] * out.tile_rows;
+        for (int t = threadIdx.x; t < out.tile_capacity; t += blockDim.x) {
+            int e = t < tiles ? last_at_most(tile_start, E, t) : -1;
+            out.tile_experts[t] = e < 0 || out.labels == nullptr ? e : out.labels[e];
+        }
+    } else {
+        if (out.offsets != nullptr) {
+            for (int e = threadIdx.x; e < E; e += blockDim.x) out.offsets[e] = LAYOUT == PACKED ? start[e] : counts[e];
+            if (LAYOUT == PACKED && threadIdx.x == 0) out.offsets[E] = rows;
+        }
+        for (int t = threadIdx.x; t < tiles; t += blockDim.x) {
+            int e = last_at_most(tile_start, E, t);
+            int done = (t - tile_start[e]) * out.tile_rows;
+            out.tiles[t] = make_int4(e, start[e] + done, min(counts[e] - done, out.tile_rows), 0);
+        }
+    }
+    if (threadIdx.x == 0) out.tile_count[0] = LAYOUT == PADDED ? tiles * out.tile_rows : tiles;
+}
+
+}  // namespace pymoe

@@ -1,0 +1,111 @@
+"""Routing on the GPU: one launch, one warp a token, the bits of ``_numpy.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pymoe.config import RoutingConfig
+from pymoe.device.arrays import BFLOAT16, is_cuda
+from pymoe.device.jit import KernelId
+from pymoe.device.launch import LaunchPlan
+from pymoe.device.parameters import struct
+from pymoe.errors import UnsupportedError, complaint
+from pymoe.ops.route._rule import Rule, resolve
+
+Array = Any
+
+MAX_EXPERTS = 2048
+_WARP = 32
+_UNIT = "route/route.cu"
+_ITEMS = (1, 2, 4, 8, 16, 32, 64)
+"""Experts a lane holds: the kernel has an instance for each power of two."""
+_SCORING = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2, "chosen": 3, "logit": 4}
+_KINDS = {np.dtype("float32"): 0, np.dtype("float16"): 1, BFLOAT16: 2, np.dtype("float64"): 3}
+_FEW_ROWS = 512
+"""Up to here a token has a block of its own, which spreads few tokens over many multiprocessors."""
+_ROWS_PER_BLOCK = 4
+_SHARED_BYTES = 48 * 1024
+
+
+class DeviceRule(NamedTuple):
+    """A rule with what a launch needs: its bias on the device (0 for none), and its scalars as the kernel's struct."""
+
+    rule: Rule
+    E: int
+    bias: Array | int
+    scalars: np.void
+
+
+def kernels(arch: str) -> tuple[KernelId, ...]:
+    """Return every instance that can be asked for on `arch`."""
+    return tuple(_kernel(items) for items in _ITEMS)
+
+
+def _kernel(items: int) -> KernelId:
+    return KernelId(_UNIT, f"pymoe::route_kernel<{items}>")
+
+
+def device_rule(call: str, config: RoutingConfig, E: int, asarray: Callable[..., Array] | None = None) -> DeviceRule:
+    """Resolve `config` for E experts and put its bias on the current device; waits for a bias that is there already.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError
+        As `pymoe.ops.route.route`.
+    UnsupportedError
+        More than `MAX_EXPERTS` experts.
+    """
+    if E > MAX_EXPERTS:
+        raise UnsupportedError(complaint(call, "router_logits", f"have at most {MAX_EXPERTS} columns on a GPU", E))
+    bias = config.e_score_correction_bias
+    if bias is not None and is_cuda(bias):
+        config = replace(config, e_score_correction_bias=bias.get())
+    rule = resolve(call, config, E)
+    return device_rule_of(rule, E, asarray)
+
+
+def device_rule_of(rule: Rule, E: int, asarray: Callable[..., Array] | None = None) -> DeviceRule:
+    """Put a resolved rule on the current device."""
+    if asarray is None:
+        import cupy
+
+        asarray = cupy.asarray
+    integers = (rule.topk, _SCORING[rule.scoring], int(rule.renormalize), rule.groups, rule.topk_group, rule.group_best)
+    scalars = struct(*map(np.int32, integers), np.float64(rule.epsilon), np.float64(rule.scale))
+    return DeviceRule(rule, E, 0 if rule.bias is None else asarray(rule.bias), scalars)
+
+
+def route_rows(logits: Array, rule: DeviceRule, *, empty: Callable[..., Array] | None = None) -> tuple[Array, Array]:
+    """Return (weights float32, ids int32), both (M, topk), of logits (M, E) of any float dtype, C-contiguous.
+
+    Arrays come from ``empty(shape, dtype)``, by default CuPy's.
+    """
+    if empty is None:
+        import cupy
+
+        empty = cupy.empty
+    M, topk = logits.shape[0], rule.rule.topk
+    weights, ids = empty((M, topk), np.float32), empty((M, topk), np.int32)
+    if M:
+        plan, sizes = _plan(logits.dtype, M, rule.E, topk, rule.rule.groups)
+        plan(weights, ids, logits, rule.bias, sizes, rule.scalars)
+    return weights, ids
+
+
+@lru_cache(maxsize=1024)
+def _plan(dtype: np.dtype, M: int, E: int, topk: int, groups: int) -> tuple[LaunchPlan, np.void]:
+    items = next(n for n in _ITEMS if n * _WARP >= E)
+    bytes_ = shared_bytes(E, topk, groups)
+    rows = 1 if M <= _FEW_ROWS else max(1, min(_ROWS_PER_BLOCK, _SHARED_BYTES // bytes_))
+    plan = LaunchPlan(_kernel(items), (-(-M // rows), 1, 1), (_WARP, rows, 1), rows * bytes_)
+    return plan, struct(*map(np.int32, (_KINDS[dtype], M, E)))
+
+
+def shared_bytes(E: int, topk: int, groups: int) -> int:
+    """Return the shared memory of one token, as ``route.cu`` lays it out."""
+    return -(-(12 * topk + 8 * E + 8 * groups) // 16) * 16

@@ -1,0 +1,51 @@
+"""Unpermute on the GPU: a thread a few columns of a token, slots in order, every operation that of the definition."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pymoe.device.arrays import BFLOAT16
+from pymoe.device.jit import KernelId
+from pymoe.device.launch import LaunchPlan
+from pymoe.device.parameters import address
+
+Array = Any
+
+DTYPES = {np.dtype("float32"): "float", np.dtype("float16"): "pymoe::fp16", BFLOAT16: "pymoe::bf16"}
+_UNIT = "unpermute/unpermute.cu"
+_VECTOR_BYTES = 16
+_WARP, _THREADS = 32, 128
+
+
+def kernels(arch: str) -> tuple[KernelId, ...]:
+    """Return every instance that can be asked for on `arch`."""
+    return tuple(
+        _kernel(rows, out, count) for rows in DTYPES for out in DTYPES for count in (1, _VECTOR_BYTES // rows.itemsize)
+    )
+
+
+def _kernel(rows: np.dtype, out: np.dtype, count: int) -> KernelId:
+    return KernelId(_UNIT, f"pymoe::unpermute_kernel<{DTYPES[rows]}, {DTYPES[out]}, {count}>")
+
+
+def unpermute(rows: Array, slot_to_row: Array, topk_weights: Array | None, out: Array) -> None:
+    """Sum `rows` (any, K) into `out` (M, K), both of `DTYPES`; weights float32, slots int32 (M, topk); C-contiguous."""
+    M, K = out.shape
+    if M and K:
+        topk = slot_to_row.shape[1]
+        aligned = address(rows) % _VECTOR_BYTES == 0 and address(out) % _VECTOR_BYTES == 0
+        plan = _plan(rows.dtype, out.dtype, M, K, aligned)
+        plan(out, rows, 0 if topk_weights is None else topk_weights, slot_to_row, np.int32(topk), np.int32(K))
+
+
+@lru_cache(maxsize=1024)
+def _plan(rows: np.dtype, out: np.dtype, M: int, K: int, aligned: bool) -> LaunchPlan:
+    count = _VECTOR_BYTES // rows.itemsize
+    if not aligned or K % count:
+        count = 1
+    pieces = K // count
+    threads = min(_THREADS, -(-pieces // _WARP) * _WARP)
+    return LaunchPlan(_kernel(rows, out, count), (M, -(-pieces // threads), 1), (threads, 1, 1))
