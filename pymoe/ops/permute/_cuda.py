@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymoe.contracts import DeviceRowMap, DeviceSlabMap
+from pymoe.device.arrays import namespace
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
 from pymoe.device.parameters import address, integer_kind, struct
@@ -64,7 +65,7 @@ def permute(
 
     Arrays come from ``empty(shape, dtype)``, by default CuPy's.
     """
-    empty = empty or _cupy_empty()
+    empty = empty or namespace(topk_ids).empty
     M, topk = topk_ids.shape
     S = M * topk
     offsets, row_to_slot = empty((E_local + 1,), np.int32), empty((S,), np.int32)
@@ -89,7 +90,7 @@ def permute_slabs(
 
     A slot whose slab is full gets no row; that needs more tokens than `slab_rows`.
     """
-    empty = empty or _cupy_empty()
+    empty = empty or namespace(topk_ids).empty
     if E_local * slab_rows > _LARGEST:
         rule = f"have at most {_LARGEST} rows in all slabs"
         raise UnsupportedError(complaint("permute_slabs", "slab_rows", rule, f"{slab_rows} for {E_local} experts"))
@@ -112,7 +113,7 @@ def align(
     empty: Empty | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """Return the four arrays of `moe_align_block_size`; `labels` names the experts that `expert_ids` holds."""
-    empty = empty or _cupy_empty()
+    empty = empty or namespace(topk_ids).empty
     S = topk_ids.size
     blocks = -(-capacity // block_size)
     sorted_ids, expert_ids = empty((capacity,), np.int32), empty((blocks,), np.int32)
@@ -128,7 +129,7 @@ def work_list(
     expert_num_tokens: Array, slab_rows: int, tile_rows: int, *, empty: Empty | None = None
 ) -> tuple[Array, Array]:
     """Return (tiles, tile_count), as in `DeviceSlabMap`, of slabs with int32 counts (E_local,) on the device."""
-    empty = empty or _cupy_empty()
+    empty = empty or namespace(expert_num_tokens).empty
     E = expert_num_tokens.shape[0]
     _few_experts("work_list", E)
     tiles, tile_count = empty((E * -(-slab_rows // tile_rows), 4), np.int32), empty((1,), np.int32)
@@ -151,7 +152,7 @@ def live_tokens(
     topk_ids: Array, num_experts: int, E_local: int, expert_map: Array | None, *, empty: Empty | None = None
 ) -> Array:
     """Return (M,) uint8: 1 for tokens that some expert here computes."""
-    empty = empty or _cupy_empty()
+    empty = empty or namespace(topk_ids).empty
     M = topk_ids.shape[0]
     live = empty((M,), np.uint8)
     if M:
@@ -266,9 +267,3 @@ def _threads(work: int) -> int:
 
 def _pointer(x: Array | None) -> Any:
     return 0 if x is None else x
-
-
-def _cupy_empty() -> Empty:
-    import cupy
-
-    return cupy.empty

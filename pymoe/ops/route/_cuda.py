@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymoe.config import RoutingConfig
-from pymoe.device.arrays import BFLOAT16, is_cuda
+from pymoe.device.arrays import BFLOAT16, is_cuda, namespace
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
 from pymoe.device.parameters import struct
@@ -85,10 +85,7 @@ def route_rows(logits: Array, rule: DeviceRule, *, empty: Callable[..., Array] |
 
     Arrays come from ``empty(shape, dtype)``, by default CuPy's.
     """
-    if empty is None:
-        import cupy
-
-        empty = cupy.empty
+    empty = empty or namespace(logits).empty
     M, topk = logits.shape[0], rule.rule.topk
     weights, ids = empty((M, topk), np.float32), empty((M, topk), np.int32)
     if M:

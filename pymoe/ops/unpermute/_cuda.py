@@ -1,4 +1,4 @@
-"""Unpermute on the GPU: a thread a few columns of a token, slots in order, every operation that of the definition."""
+"""Unpermute on the GPU: a thread a few columns of a token, slots in order, as the definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight and reduce on the GPU: a thread a few columns of a token, slots in order, every operation that of the definition."""
+"""Weight and reduce on the GPU: a thread a few columns of a token, slots in order, as the definition."""
 
 from __future__ import annotations
 
