@@ -91,7 +91,6 @@ def quantize_matrices(
     scale: Array | None = None,
     global_scale: Array | None = None,
     live: Array | None = None,
-    counts: Array | None = None,
     over_global: bool = False,
     empty: Empty | None = None,
 ) -> Quantized:
@@ -101,10 +100,9 @@ def quantize_matrices(
     ----------
     scale : (B, row blocks, column blocks), float32 or uint8; global_scale : (B,) float32
         Replace those that the elements would give.
-    live : (R,), bool or uint8
-        Rows that take part in a scale of the whole matrix.
-    counts : (n,), int32
-        The rows are n equal slabs of which the first ``counts[i]`` rows are live; others are neither read nor written.
+    live : (R,), bool or uint8; or (n,), int32
+        Rows that take part in a scale of the whole matrix; or how many: of n equal slabs of the rows the first
+        ``live[i]`` each, and no other row is read or written.
     over_global : bool
         nvfp4: return the float32 quotient of the block scales and the global scale.
     empty : callable
@@ -114,13 +112,14 @@ def quantize_matrices(
     empty = empty or xp.empty
     x = _readable(xp, x)
     scale, global_scale, live = (_on_device(xp, array) for array in (scale, global_scale, live))
+    mask, counts = (None, live) if live is not None and live.dtype == np.int32 else (live, None)
     B, R, K = x.shape
     codes = empty((B, R, K // 2 if key.is_packed else K), np.int8 if key.dtype == "int8" else np.uint8)
     rows = 1 if rules.layout(key) == "tensor" else -(-R // block[0])
     stored = np.uint8 if key.scale.dtype != "float32" and not over_global else np.float32
     grid = empty((B, rows, -(-K // block[1])), stored)
     if rules.layout(key) == "tensor" and B == 1:
-        _tensor(codes, grid, x, key, scale, live, counts, empty)
+        _tensor(codes, grid, x, key, scale, mask, counts, empty)
         return Quantized(codes, grid, None, None)
     recipe = _recipe(key, scale is not None, over_global)
     if key.scale2 is not None and key.scale.static and global_scale is None:
@@ -162,7 +161,7 @@ def _tensor(
     x: Array,
     key: QuantKey,
     scale: Array | None,
-    live: Array | None,
+    mask: Array | None,
     counts: Array | None,
     empty: Empty,
 ) -> None:
@@ -173,7 +172,7 @@ def _tensor(
     partials = finding.grid[0] * finding.grid[1]
     if scale is None:
         partial = empty((partials,), np.uint32)
-        finding(partial, x, _pointer(live), _pointer(counts), matrix)
+        finding(partial, x, _pointer(mask), _pointer(counts), matrix)
     recipe = _recipe(key, scale is not None)
     coding(codes, grid, x, _pointer(scale), partial, np.int32(partials), _pointer(counts), matrix, recipe)
 
