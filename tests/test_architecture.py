@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,21 @@ def test_one_reader_of_the_environment(path):
 
 def test_device_code_budget():
     assert [path for path in (ROOT / "cuda_src").rglob("*.cu*") if len(path.read_text().splitlines()) > 500] == []
+
+
+def test_inline_assembly_is_in_one_file():
+    """Device code speaks to the hardware through `common/ptx.cuh` alone."""
+    files = [path for path in (ROOT / "cuda_src").rglob("*.cu*") if re.search(r"\basm\b", path.read_text())]
+    assert [path.relative_to(ROOT / "cuda_src").as_posix() for path in files] == ["common/ptx.cuh"]
+
+
+def test_device_code_is_included_from_its_root():
+    """An include names a file of ours from `cuda_src`, since the cache's keys follow the includes that way."""
+    folder = ROOT / "cuda_src"
+    named = {
+        name for path in folder.rglob("*.cu*") for name in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text())
+    }
+    assert named and {name for name in named if not (folder / name).is_file()} == set()
 
 
 @pytest.mark.parametrize("statement", ["import pymoe", "import pymoe.cli, pymoe.__main__"])
