@@ -11,7 +11,7 @@ import sys
 from pymoe import environment
 from pymoe._version import __version__
 
-__all__ = ["installation", "show_config"]
+__all__ = ["cpu_features", "installation", "processor", "show_config"]
 
 _REQUIRED = ("numpy", "ml_dtypes", "numba")
 _OPTIONAL = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda.core": ("cuda-core",), "mpi4py": ("mpi4py",),
@@ -57,6 +57,16 @@ def processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Return the vector features of this processor that matter for speed, as the compiler of the kernels names them."""
+    from llvmlite import binding
+
+    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avx512fp16", "amx-bf16",
+              "amx-int8", "neon", "sve", "sve2", "bf16", "i8mm")  # fmt: skip
+    features = binding.get_host_cpu_features()
+    return [name for name in wanted if features.get(name)]
 
 
 def _version(module: str, distributions: tuple[str, ...]) -> str:

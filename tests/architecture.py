@@ -16,7 +16,8 @@ FLOORS = {
 
 # Within a floor some rooms stand on others: checks use environment and device; contracts stand on config alone.
 SAME_FLOOR = {("checks", "environment"), ("checks", "device"), ("device", "environment"), ("device", "checks"),
-              ("codec", "checks"), ("codec", "device"), ("experts", "contracts")}  # fmt: skip
+              ("codec", "checks"), ("codec", "device"), ("experts", "contracts"),
+              ("cli", "bench")}  # fmt: skip
 OPTIONAL = {"cupy", "cupy_backends", "cuda", "numba", "mpi4py", "torch", "jax", "matplotlib", "llvmlite", "tqdm"}
 READERS = {"environ", "environb", "getenv", "getenvb"}
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8

@@ -220,11 +220,6 @@ def test_doctor_says_why_an_optional_library_cannot_be_used(capsys, monkeypatch,
     assert "absent cannot be used: not installed" in printed and "numpy cannot" not in printed
 
 
-def test_commands_of_later_versions_refuse(capsys):
-    assert main(["bench"]) == 1
-    assert "bench must wait for a later version" in capsys.readouterr().err
-
-
 def test_an_interrupt_leaves_no_output_and_no_traceback(folder, capsys, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

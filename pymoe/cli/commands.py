@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+from pymoe import bench as benchmark
 from pymoe import environment, installation
 from pymoe.catalogue import all_kernels
 from pymoe.checkpoint import list_layers
@@ -18,7 +20,7 @@ from pymoe.cli.progress import Progress
 from pymoe.device import cubins, jit
 from pymoe.device.arch import ARCHS, current_arch
 from pymoe.device.private import private_folder
-from pymoe.errors import ArgumentError, BackendUnavailableError, UnsupportedError, complaint
+from pymoe.errors import ArgumentError, BackendUnavailableError, complaint
 from pymoe.layer import MoELayer
 
 WORK_A_STEP = 2e11
@@ -31,8 +33,8 @@ EXTRAS = {"cupy": "cu13", "mpi4py": "mpi", "matplotlib": "plot"}
 
 def run(options: argparse.Namespace) -> None:
     """Run a layer of a checkpoint: print plan, expert load, time and memory; write the output."""
-    output = files.output_path(options.output)
-    plot = None if options.plot is None else _plot_path(options.plot)
+    output = files.output_path("pymoe run", options.output)
+    plot = None if options.plot is None else _plot_path("pymoe run", options.plot)
     started = time.perf_counter()
     layer = MoELayer.from_checkpoint(options.checkpoint, options.layer, scheme=options.scheme, dtype=options.dtype)
     x = files.read_tokens(options.input)
@@ -80,7 +82,7 @@ def info(options: argparse.Namespace) -> None:
 def doctor(options: argparse.Namespace) -> None:
     """Show what pymoe found on this machine, and why what is optional cannot be used."""
     installation.show_config()
-    print(f"processor can: {' '.join(report.cpu_features()) or 'nothing beyond its baseline'}")
+    print(f"processor can: {' '.join(installation.cpu_features()) or 'nothing beyond its baseline'}")
     for library, extra in EXTRAS.items():
         reason = report.why_missing(library)
         if reason:
@@ -118,9 +120,32 @@ def _arch_of_the_device() -> str:
         raise ArgumentError(complaint("pymoe compile", "--arch", rule, "none", remedy)) from None
 
 
-def later(options: argparse.Namespace) -> None:
-    """Refuse a command that this version does not have."""
-    raise UnsupportedError(complaint("pymoe", options.name, "wait for a later version", "this one"))
+def bench(options: argparse.Namespace) -> None:
+    """Time a layer beside its peers and its floor; print, draw and store what was measured."""
+    call = "pymoe bench"
+    chosen = benchmark.Options(
+        shape=benchmark.Shape.parse(call, options.shape),
+        tokens=benchmark.whole_numbers(call, "--tokens", options.tokens),
+        schemes=_words(options.schemes),
+        peers=None if options.peers is None else () if options.peers == "none" else _words(options.peers),
+        only=_words(options.only),
+        results=None if options.results is None else files.output_path(call, options.results, (".json",)),
+        resume=options.resume,
+        quick=options.quick,
+        command=shlex.join(["python", "-m", "pymoe", *sys.argv[1:]]),
+    )
+    plot = None if options.plot is None else _plot_path(call, options.plot)
+    page = None if options.page is None else files.output_path(call, options.page, (".md",))
+    if page is not None and chosen.results is None:
+        raise ArgumentError(complaint(call, "--page", "come with --results, whose name its marks carry", None))
+    outcome = benchmark.show(chosen) if options.show else benchmark.run(chosen)
+    results = outcome.results
+    print(benchmark.dump(results) if options.json else benchmark.tables(results, only_run=outcome.run))
+    if plot is not None:
+        benchmark.draw(results, plot)
+    if page is not None:
+        benchmark.rewrite(page, results)
+    outcome.check()
 
 
 def _tokens_a_step(layer: MoELayer) -> int:
@@ -128,10 +153,15 @@ def _tokens_a_step(layer: MoELayer) -> int:
     return int(min(max(WORK_A_STEP / (6 * layer.topk * layer.K * layer.I), 512), 4096))
 
 
-def _plot_path(path: str) -> Path:
+def _words(text: str) -> tuple[str, ...]:
+    """Return the words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _plot_path(call: str, path: str) -> Path:
     """Return where to draw, or refuse before any work."""
     if not report.can_plot():
         rule = "have matplotlib to draw with"
         remedy = "Install the extra: pip install 'pymoe[plot]'"
-        raise BackendUnavailableError(complaint("pymoe run", "--plot", rule, "no matplotlib", remedy))
-    return files.output_path(path, (".png", ".svg", ".pdf"))
+        raise BackendUnavailableError(complaint(call, "--plot", rule, "no matplotlib", remedy))
+    return files.output_path(call, path, (".png", ".svg", ".pdf"))

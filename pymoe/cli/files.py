@@ -43,15 +43,15 @@ def read_tokens(path: str) -> Array:
     return x
 
 
-def output_path(path: str, suffixes: tuple[str, ...] = (".npy",)) -> Path:
+def output_path(call: str, path: str, suffixes: tuple[str, ...] = (".npy",)) -> Path:
     """Return `path`, or refuse one that could not be written, before any work."""
     target = Path(path)
     if target.suffix not in suffixes:
-        raise ArgumentError(complaint("pymoe run", "the output", f"end in {' or '.join(suffixes)}", path))
+        raise ArgumentError(complaint(call, "the output", f"end in {' or '.join(suffixes)}", path))
     if target.is_dir() or not target.parent.is_dir():
-        raise ArgumentError(complaint("pymoe run", "the output", "lie in an existing folder", path))
+        raise ArgumentError(complaint(call, "the output", "lie in an existing folder", path))
     if not os.access(target.parent, os.W_OK):
-        raise ArgumentError(complaint("pymoe run", "the output", "lie in a folder that can be written", path))
+        raise ArgumentError(complaint(call, "the output", "lie in a folder that can be written", path))
     return target
 
 

@@ -80,8 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--jobs", type=_positive, metavar="N", help="compilations at a time; default the threads")
     compile_.set_defaults(command=commands.compile_kernels)
 
-    bench = subparsers.add_parser("bench", help="time a layer (not in this version)")
-    bench.set_defaults(command=commands.later, name="bench")
+    _add_bench(subparsers)
     return parser
 
 
@@ -90,3 +89,23 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def _add_bench(subparsers: argparse._SubParsersAction[_Parser]) -> None:
+    bench = subparsers.add_parser("bench", help="time a layer beside its peers and the machine's floor")
+    bench.add_argument("--shape", default="32,4,1024,512", metavar="E,T,K,I",
+                       help="experts, experts a token, widths; default 32,4,1024,512")  # fmt: skip
+    bench.add_argument("--tokens", default="1,16,128,1024", metavar="M,...", help="default 1,16,128,1024")
+    bench.add_argument("--schemes", default="fp32,bf16,int8,fp8,int4,mxfp4", metavar="S,...",
+                       help="default fp32,bf16,int8,fp8,int4,mxfp4")  # fmt: skip
+    bench.add_argument("--peers", metavar="P,...", help="of numpy, torch, jax, or none; default those installed")
+    bench.add_argument("--only", default="", metavar="PATTERN,...",
+                       help="time what matches contender/scheme/tokens, such as 'ours/int8/*'")  # fmt: skip
+    bench.add_argument("--results", metavar="FILE", help="add the rows to this JSON file")
+    bench.add_argument("--resume", action="store_true", help="leave out what the last run in the file has")
+    bench.add_argument("--show", action="store_true", help="time nothing; show what the file holds")
+    bench.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    bench.add_argument("--plot", metavar="FILE", help="draw time against tokens (needs matplotlib)")
+    bench.add_argument("--page", metavar="FILE", help="rewrite the tables of a Markdown page that marks them")
+    bench.add_argument("--quick", action="store_true", help="a few short calls: shows that all works")
+    bench.set_defaults(command=commands.bench)

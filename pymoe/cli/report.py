@@ -43,16 +43,6 @@ def print_load(load: Array) -> None:
         print(f"{expert:>10} {int(rows):>9}  {bar}".rstrip())
 
 
-def cpu_features() -> list[str]:
-    """Return the vector features of this processor that matter for speed, as the compiler of the kernels names them."""
-    from llvmlite import binding
-
-    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vnni", "avx512bf16", "avx512fp16", "amx-bf16",
-              "amx-int8", "neon", "sve", "sve2", "bf16", "i8mm")  # fmt: skip
-    features = binding.get_host_cpu_features()
-    return [name for name in wanted if features.get(name)]
-
-
 def why_missing(library: str) -> str:
     """Return why an optional library cannot be imported; empty if it can.
 
