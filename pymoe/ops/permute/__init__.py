@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
-from pymoe.contracts import RowMap
-from pymoe.device.arrays import as_numpy
+from pymoe.contracts import DeviceRowMap, RowMap
+from pymoe.device.arrays import as_array, is_cuda, namespace
 from pymoe.device.backend import uses_numba
 from pymoe.environment import is_checked
 from pymoe.errors import DTypeError, ShapeError, complaint
@@ -26,7 +26,9 @@ __all__ = [
 Array = Any
 
 
-def permute(topk_ids: Array, E_local: int, *, expert_map: Array | None = None, backend: str | None = None) -> RowMap:
+def permute(
+    topk_ids: Array, E_local: int, *, expert_map: Array | None = None, tile_rows: int = 64, backend: str | None = None
+) -> RowMap | DeviceRowMap:
     """Sort the routed slots by local expert; no row is moved.
 
     Stage: prepare -> **permute** -> GEMM1.
@@ -40,13 +42,16 @@ def permute(topk_ids: Array, E_local: int, *, expert_map: Array | None = None, b
         Experts here.
     expert_map : ndarray, (global_num_experts,), integer, optional
         Local index of each global expert, -1 where it is not here; None means that ids are local.
+    tile_rows : int
+        Most rows of a tile in the work list of a `DeviceRowMap`; a `RowMap` has none.
     backend : {"numpy", "numba"}, optional
-        None is the fastest there is; all give the same bits.
+        None is the fastest there is; all give the same bits.  CuPy arrays have one backend.
 
     Returns
     -------
-    RowMap
-        Its `expert_offsets` (E_local + 1,), `row_to_slot` (P,) and `slot_to_row` (M, topk) are int64.
+    RowMap, or DeviceRowMap for CuPy arrays
+        Its `expert_offsets` (E_local + 1,), `row_to_slot` (P,) and `slot_to_row` (M, topk) are int64, or int32 on the
+        device, where `row_to_slot` has room for all slots.
 
     Raises
     ------
@@ -54,10 +59,13 @@ def permute(topk_ids: Array, E_local: int, *, expert_map: Array | None = None, b
         `topk_ids` is not 2-D or not integer, or `expert_map` not 1-D or not integer.
     ArgumentError
         `E_local` below 0, a map entry outside -1..E_local-1, or, in the checked mode, an id but -1 outside the range.
+        On a device map entries are looked at in the checked mode only; else those outside count as -1.
+    UnsupportedError
+        On a device: more than 8192 experts here, or 2**31 slots.
 
     Notes
     -----
-    Slots ascend within an expert, so the order depends on nothing but the ids.
+    Slots ascend within an expert, so the order depends on nothing but the ids.  On a device nothing waits.
 
     Source
     ------
@@ -72,10 +80,16 @@ def permute(topk_ids: Array, E_local: int, *, expert_map: Array | None = None, b
     ([0, 1, 1, 3], [1, 0, 2], [[1, 0], [2, -1]])
     """
     topk_ids, E_local, expert_map = _routing("permute", topk_ids, E_local, expert_map)
+    if is_cuda(topk_ids):
+        uses_numba("permute", backend)  # refuses what is no backend at all
+        from pymoe.ops.permute import _cuda
+
+        tile_rows = checks.integer("permute", "tile_rows", tile_rows, 1)
+        return _cuda.permute(topk_ids, E_local, expert_map, tile_rows)
     return _implementation("permute", backend).permute(topk_ids, E_local, expert_map)
 
 
-def permute_rows(x: Array, row_map: RowMap, *, backend: str | None = None) -> Array:
+def permute_rows(x: Array, row_map: RowMap | DeviceRowMap, *, backend: str | None = None) -> Array:
     """Return the tokens' rows in the order of `row_map`.
 
     Parameters
@@ -89,8 +103,8 @@ def permute_rows(x: Array, row_map: RowMap, *, backend: str | None = None) -> Ar
 
     Returns
     -------
-    ndarray, (P, K), dtype of `x`
-        Row r is ``x[row_map.row_to_token[r]]``.
+    ndarray, (P, K), dtype of `x`; (M * topk, K) on a device
+        Row r is ``x[row_map.row_to_token[r]]``; rows from P on are not written.
 
     Raises
     ------
@@ -104,8 +118,14 @@ def permute_rows(x: Array, row_map: RowMap, *, backend: str | None = None) -> Ar
     >>> permute_rows(x, permute(np.array([[1, 0], [0, -1]]), 2)).tolist()
     [[1.0], [2.0], [1.0]]
     """
-    x = as_numpy("permute_rows", "x", x)
+    x = as_array("permute_rows", "x", x)
     checks.shape("permute_rows", "x", x, (row_map.slot_to_row.shape[0], None))
+    if isinstance(row_map, DeviceRowMap):
+        from pymoe.ops.permute import _cuda
+
+        rows = namespace(x).empty((row_map.slot_to_row.size, x.shape[1]), x.dtype)
+        _cuda.scatter_rows(namespace(x).ascontiguousarray(x), row_map.slot_to_row, rows)
+        return rows
     return _implementation("permute_rows", backend).permute_rows(x, row_map.row_to_token)
 
 
@@ -139,24 +159,31 @@ def count_expert_num_tokens(topk_ids: Array, E_local: int, expert_map: Array | N
     [1, 0, 2]
     """
     topk_ids, E_local, expert_map = _routing("count_expert_num_tokens", topk_ids, E_local, expert_map)
+    if is_cuda(topk_ids):
+        from pymoe.ops.permute import _cuda
+
+        counts = namespace(topk_ids).zeros(E_local, np.int32)
+        _cuda.count_experts(topk_ids, E_local, expert_map, counts)
+        return counts
     local = _numpy.local_experts(topk_ids, E_local, expert_map)
     return np.bincount(local[local >= 0], minlength=E_local).astype(np.int32)
 
 
-def _routing(
-    call: str, topk_ids: Array, E_local: int, expert_map: Array | None
-) -> tuple[np.ndarray, int, np.ndarray | None]:
+def _routing(call: str, topk_ids: Array, E_local: int, expert_map: Array | None) -> tuple[Array, int, Array | None]:
     """Return the three arguments that say whose a slot is, or refuse them."""
-    topk_ids = as_numpy(call, "topk_ids", topk_ids)
+    topk_ids = as_array(call, "topk_ids", topk_ids)
     if topk_ids.ndim != 2:
         raise ShapeError(complaint(call, "topk_ids", "have shape (any, any)", topk_ids.shape))
     if topk_ids.dtype.kind not in "iu":
         raise DTypeError(complaint(call, "topk_ids", "have an integer dtype", topk_ids.dtype))
     E_local = checks.integer(call, "E_local", E_local, 0)
-    mapping = None if expert_map is None else as_numpy(call, "expert_map", expert_map)
+    mapping = None if expert_map is None else as_array(call, "expert_map", expert_map)
     mapping, global_num_experts = checks.expert_map(call, mapping, -1, E_local)
     if is_checked():
-        checks.legal_ids(call, topk_ids, global_num_experts)
+        checks.legal_ids(call, topk_ids.get() if is_cuda(topk_ids) else topk_ids, global_num_experts)
+    if is_cuda(topk_ids):
+        topk_ids = namespace(topk_ids).ascontiguousarray(topk_ids)
+        mapping = None if mapping is None else namespace(topk_ids).asarray(mapping)
     return topk_ids, E_local, mapping
 
 

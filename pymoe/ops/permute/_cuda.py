@@ -13,6 +13,7 @@ from pymoe.device.arrays import namespace
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
 from pymoe.device.parameters import address, integer_kind, struct
+from pymoe.device.workspace import ALIGNMENT
 from pymoe.errors import UnsupportedError, complaint
 
 Array = Any
@@ -178,6 +179,15 @@ def tile_capacity(S: int, E_local: int, tile_rows: int) -> int:
     return min(S, E_local) + S // tile_rows
 
 
+def scratch_bytes(M: int, topk: int, E_local: int, tile_rows: int) -> int:
+    """Return the bytes that all arrays of `permute` take where each begins at a multiple of `ALIGNMENT`."""
+    S = M * topk
+    lengths = [E_local + 1, S, S, 1, 4 * tile_capacity(S, E_local, tile_rows)]
+    if not _warps_of_one_block(S, E_local):
+        lengths += [_segments(S) * E_local, E_local]
+    return sum(-(-4 * length // ALIGNMENT) * ALIGNMENT for length in lengths)
+
+
 @lru_cache(maxsize=1024)
 def _scatter_plan(M: int, units: int, unit: int) -> LaunchPlan:
     threads = min(256, -(-units // _WARP) * _WARP)
@@ -217,15 +227,12 @@ def _sort(
         remedy = "Split the tokens into chunks"
         raise UnsupportedError(complaint("permute", "topk_ids", f"have at most {_LARGEST} slots", S, remedy))
     stages = [KernelId(_UNIT, f"pymoe::{stage}<pymoe::{layout}>") for stage in _STAGES]
-    fixed = _SCRATCH_BYTES + 12 * E + 4 * S
-    threads = _threads(max(S, E))
-    warps = min(threads // _WARP, -(-S // _WARP), (_SHARED_BYTES - fixed) // max(2 * E, 1))
-    if S <= _ONE_BLOCK_SLOTS and (warps >= min(8, -(-S // _WARP)) or S == 0):
-        warps = max(warps, 1)
+    warps = _warps_of_one_block(S, E)
+    if warps:
         sizes = _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows)
-        plan = LaunchPlan(stages[0], (1, 1, 1), (threads, 1, 1), fixed + 2 * warps * E)
-        return _Sort((plan,), sizes, 1)
-    segments = -(-S // _SEGMENT)
+        shared = _SCRATCH_BYTES + 12 * E + 4 * S + 2 * warps * E
+        return _Sort((LaunchPlan(stages[0], (1, 1, 1), (_threads(max(S, E)), 1, 1), shared),), sizes, 1)
+    segments = _segments(S)
     fixed = 4 * (E + _SEGMENT)
     warps = min(_PLACING_THREADS // _WARP, (_SHARED_BYTES - fixed) // max(2 * E, 1))
     grid, block = (segments, 1, 1), (_PLACING_THREADS, 1, 1)
@@ -233,6 +240,18 @@ def _sort(
     scan = LaunchPlan(stages[2], (1, 1, 1), (_threads(max(S, E)), 1, 1), _SCRATCH_BYTES + 12 * E)
     place = LaunchPlan(stages[3], grid, block, fixed + 2 * warps * E)
     return _Sort((count, scan, place), _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows), segments)
+
+
+def _segments(S: int) -> int:
+    return max(1, -(-S // _SEGMENT))
+
+
+def _warps_of_one_block(S: int, E: int) -> int:
+    """Return how many warps rank S slots if one block sorts them; 0 where they are too many, or their counters."""
+    wanted = max(1, -(-S // _WARP))
+    room = (_SHARED_BYTES - _SCRATCH_BYTES - 12 * E - 4 * S) // max(2 * E, 1)
+    warps = min(_threads(max(S, E)) // _WARP, wanted, room)
+    return warps if S <= _ONE_BLOCK_SLOTS and warps >= min(8, wanted) else 0
 
 
 @lru_cache(maxsize=1024)

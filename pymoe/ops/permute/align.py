@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
-from pymoe.device.arrays import as_numpy
+from pymoe.device.arrays import as_array, as_numpy, is_cuda, namespace
 from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 from pymoe.ops.permute import _numpy
 
@@ -75,13 +75,13 @@ def moe_align_block_size(
     ([1, 3, 0, 2, 3], [0, 1, -1], [4])
     """
     call = "moe_align_block_size"
-    topk_ids = as_numpy(call, "topk_ids", topk_ids)
+    topk_ids = as_array(call, "topk_ids", topk_ids)
     checks.shape(call, "topk_ids", topk_ids, (None, None))
     if topk_ids.dtype.kind not in "iu":
         raise DTypeError(complaint(call, "topk_ids", "have an integer dtype", topk_ids.dtype))
     block_size = checks.integer(call, "block_size", block_size, 1)
     num_experts = checks.integer(call, "num_experts", num_experts, 0)
-    mapping = None if expert_map is None else as_numpy(call, "expert_map", expert_map)
+    mapping = None if expert_map is None else as_array(call, "expert_map", expert_map)
     if mapping is not None:
         checks.shape(call, "expert_map", mapping, (num_experts,))
         mapping, _ = checks.expert_map(call, mapping, -1, num_experts)
@@ -95,6 +95,13 @@ def moe_align_block_size(
     if S < num_experts:
         capacity = min(S * block_size, capacity)
     _fits_int32(call, capacity)
+    if is_cuda(topk_ids):
+        from pymoe.ops.permute import _cuda
+
+        own, labels = (mapping, None) if ignore_invalid_experts else (None, mapping)
+        ids = namespace(topk_ids).ascontiguousarray(topk_ids)
+        arrays = _cuda.align(ids, block_size, num_experts, own, labels, capacity)
+        return arrays if return_scatter_idx else arrays[:3]
     row_map = _numpy.permute(topk_ids, num_experts, mapping if ignore_invalid_experts else None)
     counts = np.diff(row_map.expert_offsets)
     sorted_token_ids, expert_ids, used = _blocks(row_map.row_to_slot, counts, block_size, capacity, S)

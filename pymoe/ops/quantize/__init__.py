@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
-from pymoe.device.arrays import answers_in_kind
+from pymoe.device.arrays import answers_in_kind, is_cuda
 from pymoe.errors import ArgumentError, ShapeError, complaint
 from pymoe.ops.quantize import _arguments as arguments
 from pymoe.ops.quantize import _matrices as matrices
@@ -151,6 +151,11 @@ def dequantize(
     elif not key.symmetric:
         raise ArgumentError(complaint(call, "zp", f"be given for {key.name}", None))
     factor = None if key.scale2 is None or second is None else arguments.global_scale(call, "scale", second, B)
+    if is_cuda(codes):
+        from pymoe.ops.quantize import _cuda
+
+        values = _cuda.dequantize_matrices(codes, key, block, grid, factor, zp, dtype)
+        return values[0] if single else values
     values = np.empty((B, R, K), dtype)
     with np.errstate(all="ignore"):
         for e in range(B):
@@ -166,8 +171,10 @@ def quantize_activations(
     which: str = "a1",
     *,
     live: Array | None = None,
+    live_rows: Array | None = None,
     scale: Array | None = None,
     backend: str | None = None,
+    empty: Any = None,
 ) -> tuple[Array, Array]:
     """Return (codes, scale) of the rows `x` under the activation scheme of a quant config.
 
@@ -178,9 +185,14 @@ def quantize_activations(
         Whose static or global scale to use.
     live : ndarray, (M,), bool, optional
         Rows that take part in a scale which all rows share; None is all of them.
+    live_rows : ndarray, (n,), int32, optional
+        On a device, in place of `live`: of n equal slabs of the rows the first ``live_rows[i]`` take part each, and no
+        other row is read or written.
     scale : ndarray, (1,), optional
         Static scale in place of the config's.
     backend : {"numpy", "numba"}, optional
+    empty : callable, optional
+        On a device: ``empty(shape, dtype)`` gives every array, so that a captured call allocates nothing.
 
     Returns
     -------
@@ -205,6 +217,16 @@ def quantize_activations(
     block = matrices.block_of(call, key, *x.shape)
     given = None if scale is None else arguments.grid(call, "scale", scale, key, (1, *x.shape), block)
     gscale = None if desc.gscale is None else arguments.global_scale(call, "gscale", desc.gscale, 1)
+    if is_cuda(x):
+        from pymoe.ops.quantize import _cuda
+
+        made = _cuda.quantize_matrices(
+            x[None], key, block, scale=given, global_scale=gscale, live=live if live_rows is None else live_rows,
+            over_global=gscale is not None, empty=empty,
+        )  # fmt: skip
+        return made.codes[0], arguments.public_scale(made.scale, key, True)
+    if live_rows is not None:
+        raise ArgumentError(complaint(call, "live_rows", "be None for arrays in host memory", "an array"))
     result = matrices.quantize_matrices(
         x[None], key, block, scale=given, global_scale=gscale, live=live, backend=backend
     )
@@ -222,4 +244,9 @@ def dequantize_activations(codes: Array, scale: Array, quant_config: FusedMoEQua
         raise ArgumentError(complaint("dequantize_activations", "quant_config", "quantize activations", "a16"))
     M, columns = codes.shape
     block = matrices.block_of("dequantize_activations", key, M, 2 * columns if key.is_packed else columns)
-    return matrices.dequantize_matrix(codes, key, block, scale.reshape(1, 1) if scale.ndim == 1 else scale)
+    grid = scale.reshape(1, 1) if scale.ndim == 1 else scale
+    if is_cuda(codes):
+        from pymoe.ops.quantize import _cuda
+
+        return _cuda.dequantize_matrices(codes[None], key, block, grid[None], None, None, np.dtype(np.float32))[0]
+    return matrices.dequantize_matrix(codes, key, block, grid)

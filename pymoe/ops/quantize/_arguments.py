@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
-from pymoe.device.arrays import BFLOAT16, as_numpy, is_float
+from pymoe.device.arrays import BFLOAT16, as_array, is_float
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.ops.quantize import _rules as rules
 from pymoe.quantization import QUANT_KEYS, QuantKey
@@ -28,7 +28,7 @@ def quant_key(call: str, key: Any) -> QuantKey:
 
 def stack(call: str, argument: str, x: Any) -> tuple[Array, bool]:
     """Return `x` as matrices (B, R, K), and whether it was a single one."""
-    x = as_numpy(call, argument, x)
+    x = as_array(call, argument, x)
     checks.shape(call, argument, x, (None, None), (None, None, None))
     return (x[None], True) if x.ndim == 2 else (x, False)
 
@@ -37,12 +37,12 @@ def grid(call: str, argument: str, scale: Any, key: QuantKey, shape: tuple[int, 
     """Return scales of public shape as (B, row blocks, column blocks), or refuse them; B matrices of (R, K)."""
     B, R, K = shape
     kind = rules.layout(key)
-    scale = as_numpy(call, argument, scale if hasattr(scale, "__dlpack__") else _number(call, argument, scale))
+    scale = as_array(call, argument, scale if hasattr(scale, "__dlpack__") else _number(call, argument, scale))
     names = {"e8m0": ("uint8", "float8_e8m0fnu"), "fp8": ("uint8", "float8_e4m3fn")}.get(key.scale.dtype)
     if names is None:
         checks.float_dtype(call, argument, scale)
         with np.errstate(all="ignore"):
-            scale = scale.astype(np.float32)
+            scale = scale.astype(np.float32, copy=False)
     elif scale.dtype.name not in names:
         raise DTypeError(complaint(call, argument, f"have dtype {' or '.join(names)} for {key.name}", scale.dtype))
     else:
@@ -61,12 +61,12 @@ def grid(call: str, argument: str, scale: Any, key: QuantKey, shape: tuple[int, 
 
 def global_scale(call: str, argument: str, value: Any, B: int) -> Array:
     """Return nvfp4's global scale as (B,) float32, or refuse it."""
-    value = as_numpy(call, argument, value if hasattr(value, "__dlpack__") else _number(call, argument, value))
+    value = as_array(call, argument, value if hasattr(value, "__dlpack__") else _number(call, argument, value))
     checks.float_dtype(call, argument, value)
     if value.size == 1:
         value = np.broadcast_to(value.reshape(1), (B,))
     checks.shape(call, argument, value, (B,))
-    return value.astype(np.float32)
+    return value.astype(np.float32, copy=False)
 
 
 def value_dtype(call: str, dtype: Any) -> np.dtype:
@@ -93,7 +93,7 @@ def inferred_group(call: str, scale: Any, axes: int, K: int) -> tuple[int, int]:
     A group that is a power of two and divides K is told apart from any other power of two.  `axes` is that of the
     codes; scales with one axis less have one group a row.
     """
-    scale = as_numpy(call, "scale", scale)
+    scale = as_array(call, "scale", scale)
     groups = scale.shape[-1] if scale.ndim == axes else 1
     group, rest = divmod(K, groups or 1)
     if groups > 1 and (rest or group & (group - 1)):
@@ -112,7 +112,7 @@ def positive(call: str, argument: str, scale: Array) -> None:
 def zero_points(call: str, zp: Any, key: QuantKey, shape: tuple[int, int, int]) -> Array:
     """Return zero points (B, R, G) of the public (…, R, G), or (…, R/2, G) packed; `shape` is (B, R, G)."""
     B, R, groups = shape
-    zp = as_numpy(call, "zp", zp)
+    zp = as_array(call, "zp", zp)
     rows = R // 2 if key.is_packed else R
     if key.is_packed and R % 2:
         raise ShapeError(complaint(call, "zp", "belong to an even number of rows", R))

@@ -9,6 +9,7 @@ import numpy as np
 from pymoe.codec.e8m0 import decode_e8m0
 from pymoe.codec.fp4 import decode_e2m1, unpack_nibbles
 from pymoe.codec.fp8 import decode_e4m3
+from pymoe.device.arrays import is_cuda, namespace
 from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, ShapeError, complaint
 from pymoe.ops.quantize import _numpy as definition
@@ -82,6 +83,13 @@ def quantize_matrices(
     `scale` (B, row blocks, column blocks) and `global_scale` (B,) replace those that the elements would give; `live`
     (R,) are the rows that a scale of the whole matrix is made of.
     """
+    if is_cuda(x):
+        from pymoe.ops.quantize import _cuda
+
+        made = _cuda.quantize_matrices(x, key, block, scale=scale, global_scale=global_scale, live=live)
+        if key.scale2 is None or made.global_scale is not None:
+            return made
+        return made._replace(global_scale=namespace(x).ones(x.shape[0], np.float32))
     B, R, K = x.shape
     module, coder = kernels(backend), rules.coder(key)
     codes = np.empty((B, R, K // 2 if key.is_packed else K), np.int8 if key.dtype == "int8" else np.uint8)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
-from pymoe.device.arrays import BFLOAT16, answers_in_kind, as_numpy
+from pymoe.device.arrays import BFLOAT16, answers_in_kind, as_array
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.ops.quantize import _arguments as arguments
 from pymoe.ops.quantize import _matrices as matrices
@@ -141,7 +141,7 @@ def _is_weight_only(entry: Scheme) -> bool:
 
 
 def _weights(call: str, w1: Any, w2: Any) -> tuple[Array, Array]:
-    w1, w2 = as_numpy(call, "w1", w1), as_numpy(call, "w2", w2)
+    w1, w2 = as_array(call, "w1", w1), as_array(call, "w2", w2)
     for label, w in (("w1", w1), ("w2", w2)):
         checks.shape(call, label, w, (None, None, None))
         checks.float_dtype(call, label, w)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymoe.config import RoutingConfig
-from pymoe.device.arrays import BFLOAT16, is_cuda, namespace
+from pymoe.device.arrays import BFLOAT16, as_array, is_cuda, namespace
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
 from pymoe.device.parameters import struct
@@ -31,6 +31,10 @@ _FEW_ROWS = 512
 _ROWS_PER_BLOCK = 4
 _SHARED_BYTES = 48 * 1024
 
+_known: dict[tuple[int, int, Any], tuple[RoutingConfig, bytes | None, DeviceRule]] = {}
+"""Rules by the identity of their configuration, which the entry keeps alive."""
+_MOST_KNOWN = 64
+
 
 class DeviceRule(NamedTuple):
     """A rule with what a launch needs: its bias on the device (0 for none), and its scalars as the kernel's struct."""
@@ -50,8 +54,11 @@ def _kernel(items: int) -> KernelId:
     return KernelId(_UNIT, f"pymoe::route_kernel<{items}>")
 
 
-def device_rule(call: str, config: RoutingConfig, E: int, asarray: Callable[..., Array] | None = None) -> DeviceRule:
-    """Resolve `config` for E experts and put its bias on the current device; waits for a bias that is there already.
+def device_rule(call: str, config: RoutingConfig, logits: Array) -> DeviceRule:
+    """Resolve `config` for the columns of `logits`, with its bias on their device; known again on the next call.
+
+    A bias in device memory is read where it is, so later changes count; this waits for it once.  A bias in host memory
+    is compared with the copy that is there already.
 
     Raises
     ------
@@ -60,24 +67,34 @@ def device_rule(call: str, config: RoutingConfig, E: int, asarray: Callable[...,
     UnsupportedError
         More than `MAX_EXPERTS` experts.
     """
+    E = logits.shape[1]
     if E > MAX_EXPERTS:
         raise UnsupportedError(complaint(call, "router_logits", f"have at most {MAX_EXPERTS} columns on a GPU", E))
     bias = config.e_score_correction_bias
-    if bias is not None and is_cuda(bias):
-        config = replace(config, e_score_correction_bias=bias.get())
-    rule = resolve(call, config, E)
-    return device_rule_of(rule, E, asarray)
-
-
-def device_rule_of(rule: Rule, E: int, asarray: Callable[..., Array] | None = None) -> DeviceRule:
-    """Put a resolved rule on the current device."""
-    if asarray is None:
-        import cupy
-
-        asarray = cupy.asarray
+    if bias is not None:
+        bias = as_array(call, "e_score_correction_bias", bias)
+    content = None if bias is None or is_cuda(bias) else bias.tobytes()
+    key = id(config), E, getattr(logits.device, "id", None)
+    known = _known.get(key)
+    if known is not None and known[0] is config and known[1] == content:
+        return known[2]
+    if is_cuda(bias):
+        rule = resolve(call, replace(config, e_score_correction_bias=bias.get()), E)
+    else:
+        rule = resolve(call, config, E)
+        bias = rule.bias
     integers = (rule.topk, _SCORING[rule.scoring], int(rule.renormalize), rule.groups, rule.topk_group, rule.group_best)
     scalars = struct(*map(np.int32, integers), np.float64(rule.epsilon), np.float64(rule.scale))
-    return DeviceRule(rule, E, 0 if rule.bias is None else asarray(rule.bias), scalars)
+    on_device = 0 if bias is None else namespace(logits).ascontiguousarray(bias, dtype=np.float32)
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[key] = config, content, DeviceRule(rule, E, on_device, scalars)
+    return _known[key][2]
+
+
+def route(call: str, logits: Array, config: RoutingConfig) -> tuple[Array, Array]:
+    """Route logits (M, E) of any float dtype and strides."""
+    return route_rows(namespace(logits).ascontiguousarray(logits), device_rule(call, config, logits))
 
 
 def route_rows(logits: Array, rule: DeviceRule, *, empty: Callable[..., Array] | None = None) -> tuple[Array, Array]:

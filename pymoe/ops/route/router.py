@@ -9,7 +9,7 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.config import RoutingConfig, RoutingMethodType
-from pymoe.device.arrays import as_float32, as_numpy, is_integer
+from pymoe.device.arrays import as_array, as_float32, is_cuda, is_integer, namespace
 from pymoe.device.backend import uses_numba
 from pymoe.errors import DTypeError, complaint
 from pymoe.ops.route import _numpy
@@ -43,7 +43,7 @@ def route(
     input_ids : ndarray, (M,), integer, optional
         Token ids; handed to a custom function that has a parameter of this name.
     backend : {"numpy", "numba"}, optional
-        None: numba; the bits are the same.
+        None: numba; the bits are the same, and those of CuPy arrays too.
 
     Returns
     -------
@@ -58,6 +58,8 @@ def route(
     ArgumentError
         topk above E or above the experts of the kept groups; groups that do not divide E; a bias that is not finite or
         that the method does not read.
+    UnsupportedError
+        More than 2048 experts on a GPU.
 
     Notes
     -----
@@ -94,17 +96,23 @@ def route_as(
     """Do `route` for the public function `call`, whose name stands in the errors."""
     if not isinstance(config, RoutingConfig):
         raise DTypeError(complaint(call, "config", "be a RoutingConfig", type(config).__name__))
-    logits = as_numpy(call, "router_logits", router_logits)
+    logits = as_array(call, "router_logits", router_logits)
     checks.shape(call, "router_logits", logits, (None, None))
     checks.float_dtype(call, "router_logits", logits)
     M, E = logits.shape
-    rule = resolve(call, config, E)
+    on_device = is_cuda(logits)
     hidden_states, input_ids = _tokens(call, hidden_states, input_ids, M)
     numba = uses_numba(call, backend)
+    if on_device and config.method not in (RoutingMethodType.Custom, RoutingMethodType.Simulated):
+        from pymoe.ops.route import _cuda
+
+        return _cuda.route(call, logits, config)
+    rule = resolve(call, config, E)
     if config.method is RoutingMethodType.Custom:
         return _route_custom(call, logits, config, hidden_states, input_ids)
     if config.method is RoutingMethodType.Simulated:
-        return simulate_routing(M, E, config.topk)
+        weights, ids = simulate_routing(M, E, config.topk)
+        return (namespace(logits).asarray(weights), namespace(logits).asarray(ids)) if on_device else (weights, ids)
     if not numba:
         return _numpy.route_rows(as_float32(logits), rule)
     from pymoe.ops.route import _numba
@@ -115,11 +123,11 @@ def route_as(
 def _tokens(call: str, hidden_states: Array | None, input_ids: Array | None, M: int) -> tuple[Any, Any]:
     """Return both as plain arrays, or refuse them."""
     if hidden_states is not None:
-        hidden_states = as_numpy(call, "hidden_states", hidden_states)
+        hidden_states = as_array(call, "hidden_states", hidden_states)
         checks.shape(call, "hidden_states", hidden_states, (M, None))
         checks.float_dtype(call, "hidden_states", hidden_states)
     if input_ids is not None:
-        input_ids = as_numpy(call, "input_ids", input_ids)
+        input_ids = as_array(call, "input_ids", input_ids)
         checks.shape(call, "input_ids", input_ids, (M,))
         if not is_integer(input_ids.dtype):
             raise DTypeError(complaint(call, "input_ids", "have an integer dtype", input_ids.dtype))
@@ -127,8 +135,8 @@ def _tokens(call: str, hidden_states: Array | None, input_ids: Array | None, M: 
 
 
 def _route_custom(
-    call: str, logits: np.ndarray, config: RoutingConfig, hidden_states: Any, input_ids: Any
-) -> tuple[np.ndarray, np.ndarray]:
+    call: str, logits: Array, config: RoutingConfig, hidden_states: Any, input_ids: Any
+) -> tuple[Array, Array]:
     """Run the user's function and check, copy and scale its answer."""
     function = config.custom_routing_function
     assert function is not None
@@ -137,8 +145,8 @@ def _route_custom(
     if not isinstance(answer, tuple | list) or len(answer) != 2:
         got = f"{len(answer)} values" if isinstance(answer, tuple | list) else type(answer).__name__
         raise DTypeError(complaint(call, "custom_routing_function", "return the tuple (weights, ids)", got))
-    weights = as_numpy(call, "custom_routing_function's weights", answer[0])
-    ids = as_numpy(call, "custom_routing_function's ids", answer[1])
+    weights = as_array(call, "custom_routing_function's weights", answer[0])
+    ids = as_array(call, "custom_routing_function's ids", answer[1])
     for label, array in (("weights", weights), ("ids", ids)):
         checks.shape(call, f"custom_routing_function's {label}", array, (logits.shape[0], config.topk))
     checks.float_dtype(call, "custom_routing_function's weights", weights)
@@ -156,7 +164,8 @@ def _takes_input_ids(function: Any) -> bool:
         return False
 
 
-def _as_int32(ids: np.ndarray) -> np.ndarray:
+def _as_int32(ids: Array) -> Array:
     """Return an int32 copy in which ids beyond int32 are its ends: both stay outside every range of experts."""
     bounds, own = np.iinfo(np.int32), np.iinfo(ids.dtype)
-    return np.clip(ids, max(bounds.min, own.min), min(bounds.max, own.max)).astype(np.int32)
+    least, most = max(bounds.min, own.min), min(bounds.max, own.max)
+    return namespace(ids).clip(ids, least, most).astype(np.int32)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 
 from pymoe import checks
-from pymoe.contracts import RowMap
-from pymoe.device.arrays import as_float32, as_numpy
+from pymoe.contracts import DeviceRowMap, DeviceSlabMap, RowMap
+from pymoe.device.arrays import as_array, as_float32, is_cuda, namespace
 from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, ShapeError, complaint
 from pymoe.ops.unpermute import _numpy
@@ -20,7 +19,7 @@ Array = Any
 
 def unpermute(
     rows: Array,
-    row_map: RowMap,
+    row_map: RowMap | DeviceRowMap | DeviceSlabMap,
     *,
     topk_weights: Array | None = None,
     out: Array | None = None,
@@ -37,8 +36,8 @@ def unpermute(
     ----------
     rows : ndarray, (P, K), float
         In the order of `row_map`; further rows are not read.
-    row_map : RowMap
-        Of `permute`.
+    row_map : RowMap, DeviceRowMap or DeviceSlabMap
+        Of `permute`; on a device rows may also be slabs, (E_local * slab_rows, K).
     topk_weights : ndarray, (M, topk), float, optional
         Taken as float32; None weighs every row 1.
     out : ndarray, (M, K), float, optional
@@ -75,25 +74,31 @@ def unpermute(
     [[7.0], [0.0]]
     """
     call, implementation = "unpermute", _implementation(backend)
-    rows = as_numpy(call, "rows", rows)
+    rows = as_array(call, "rows", rows)
     checks.shape(call, "rows", rows, (None, None))
     checks.float_dtype(call, "rows", rows)
-    if rows.shape[0] < row_map.P:
+    on_device = is_cuda(rows)
+    if not on_device and rows.shape[0] < row_map.P:
         raise ShapeError(complaint(call, "rows", f"have at least the {row_map.P} rows of row_map", rows.shape))
     shape = (row_map.slot_to_row.shape[0], rows.shape[1])
     if topk_weights is not None:
-        topk_weights = as_numpy(call, "topk_weights", topk_weights)
+        topk_weights = as_array(call, "topk_weights", topk_weights)
         checks.shape(call, "topk_weights", topk_weights, row_map.slot_to_row.shape)
         checks.float_dtype(call, "topk_weights", topk_weights)
     if out is None:
-        out = np.empty(shape, rows.dtype if out_dtype is None else out_dtype)
+        out = namespace(rows).empty(shape, rows.dtype if out_dtype is None else out_dtype)
         checks.float_dtype(call, "out_dtype", out)
     else:
         if out_dtype is not None:
             raise ArgumentError(complaint(call, "out_dtype", "be None where out is given", out_dtype))
-        out = as_numpy(call, "out", out)
+        out = as_array(call, "out", out)
         checks.float_dtype(call, "out", out)
         checks.output(call, out, *shape, out.dtype, {"rows": rows, "topk_weights": topk_weights})
+    if on_device:
+        from pymoe.ops.unpermute import _cuda
+
+        _cuda.unpermute_any(rows, row_map.slot_to_row, topk_weights, out)
+        return out
     weights = None if topk_weights is None else as_float32(topk_weights)
     implementation.unpermute(rows, row_map.slot_to_row, weights, out)
     return out

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pymoe.device.arrays import BFLOAT16
+from pymoe.device.arrays import BFLOAT16, namespace
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
 from pymoe.device.parameters import address
@@ -39,6 +39,19 @@ def unpermute(rows: Array, slot_to_row: Array, topk_weights: Array | None, out: 
         aligned = address(rows) % _VECTOR_BYTES == 0 and address(out) % _VECTOR_BYTES == 0
         plan = _plan(rows.dtype, out.dtype, M, K, aligned)
         plan(out, rows, 0 if topk_weights is None else topk_weights, slot_to_row, np.int32(topk), np.int32(K))
+
+
+def unpermute_any(rows: Array, slot_to_row: Array, topk_weights: Array | None, out: Array) -> None:
+    """Do `unpermute` for arrays of any strides and float dtype, by copies where the kernel cannot take them."""
+    xp = namespace(rows)
+    rows = xp.ascontiguousarray(rows, dtype=rows.dtype if rows.dtype in DTYPES else np.float32)
+    weights = None if topk_weights is None else xp.ascontiguousarray(topk_weights, dtype=np.float32)
+    if out.dtype in DTYPES and out.flags.c_contiguous:
+        unpermute(rows, slot_to_row, weights, out)
+        return
+    result = xp.empty(out.shape, out.dtype if out.dtype in DTYPES else np.float32)
+    unpermute(rows, slot_to_row, weights, result)
+    out[...] = result
 
 
 @lru_cache(maxsize=1024)

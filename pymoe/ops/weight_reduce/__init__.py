@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 
 from pymoe import checks
-from pymoe.device.arrays import as_float32, as_numpy
+from pymoe.device.arrays import as_array, as_float32, is_cuda, namespace
 from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, DTypeError, complaint
 from pymoe.ops.weight_reduce import _numpy
@@ -70,29 +69,34 @@ def weight_reduce(
     [[0.5]]
     """
     call, implementation = "weight_reduce", _implementation(backend)
-    slots = as_numpy(call, "slots", slots)
+    slots = as_array(call, "slots", slots)
     checks.shape(call, "slots", slots, (None, None, None))
     checks.float_dtype(call, "slots", slots)
     M, topk, K = slots.shape
     if topk_weights is not None:
-        topk_weights = as_numpy(call, "topk_weights", topk_weights)
+        topk_weights = as_array(call, "topk_weights", topk_weights)
         checks.shape(call, "topk_weights", topk_weights, (M, topk))
         checks.float_dtype(call, "topk_weights", topk_weights)
     if topk_ids is not None:
-        topk_ids = as_numpy(call, "topk_ids", topk_ids)
+        topk_ids = as_array(call, "topk_ids", topk_ids)
         checks.shape(call, "topk_ids", topk_ids, (M, topk))
         if topk_ids.dtype.kind not in "iu":
             raise DTypeError(complaint(call, "topk_ids", "have an integer dtype", topk_ids.dtype))
     if out is None:
-        out = np.empty((M, K), slots.dtype if out_dtype is None else out_dtype)
+        out = namespace(slots).empty((M, K), slots.dtype if out_dtype is None else out_dtype)
         checks.float_dtype(call, "out_dtype", out)
     else:
         if out_dtype is not None:
             raise ArgumentError(complaint(call, "out_dtype", "be None where out is given", out_dtype))
-        out = as_numpy(call, "out", out)
+        out = as_array(call, "out", out)
         checks.float_dtype(call, "out", out)
         inputs = {"slots": slots, "topk_weights": topk_weights, "topk_ids": topk_ids}
         checks.output(call, out, M, K, out.dtype, inputs)
+    if is_cuda(slots):
+        from pymoe.ops.weight_reduce import _cuda
+
+        _cuda.weight_reduce_any(slots, topk_weights, topk_ids, out)
+        return out
     weights = None if topk_weights is None else as_float32(topk_weights)
     implementation.weight_reduce(slots, weights, topk_ids, out)
     return out

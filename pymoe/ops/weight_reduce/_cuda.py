@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pymoe.device.arrays import BFLOAT16
+from pymoe.device.arrays import BFLOAT16, namespace
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
 from pymoe.device.parameters import address, integer_kind
@@ -43,6 +43,20 @@ def weight_reduce(slots: Array, topk_weights: Array | None, topk_ids: Array | No
         weights = 0 if topk_weights is None else topk_weights
         ids, kind = (0, 0) if topk_ids is None else (topk_ids, integer_kind(topk_ids.dtype))
         plan(out, slots, weights, ids, np.int32(kind), np.int32(topk), np.int32(K))
+
+
+def weight_reduce_any(slots: Array, topk_weights: Array | None, topk_ids: Array | None, out: Array) -> None:
+    """Do `weight_reduce` for arrays of any strides and float dtype, by copies where the kernel cannot take them."""
+    xp = namespace(slots)
+    slots = xp.ascontiguousarray(slots, dtype=slots.dtype if slots.dtype in DTYPES else np.float32)
+    weights = None if topk_weights is None else xp.ascontiguousarray(topk_weights, dtype=np.float32)
+    ids = None if topk_ids is None else xp.ascontiguousarray(topk_ids)
+    if out.dtype in DTYPES and out.flags.c_contiguous:
+        weight_reduce(slots, weights, ids, out)
+        return
+    result = xp.empty(out.shape, out.dtype if out.dtype in DTYPES else np.float32)
+    weight_reduce(slots, weights, ids, result)
+    out[...] = result
 
 
 @lru_cache(maxsize=1024)
