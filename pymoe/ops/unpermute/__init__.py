@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from pymoe import checks
 from pymoe.contracts import DeviceRowMap, DeviceSlabMap, RowMap
 from pymoe.device.arrays import as_array, as_float32, is_cuda, namespace

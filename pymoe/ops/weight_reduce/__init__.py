@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from pymoe import checks
 from pymoe.device.arrays import as_array, as_float32, is_cuda, namespace
 from pymoe.device.backend import uses_numba
