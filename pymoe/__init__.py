@@ -37,7 +37,15 @@ from pymoe.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pymoe.experts import CpuExperts, CpuMonolithicExperts, NaiveBatchedExperts, NumpyReferenceExperts
+from pymoe.experts import (
+    CpuExperts,
+    CpuMonolithicExperts,
+    CudaBatchedExperts,
+    CudaGroupedExperts,
+    CudaMonolithicExperts,
+    NaiveBatchedExperts,
+    NumpyReferenceExperts,
+)
 from pymoe.functional import dequantize, fused_experts, fused_moe, quantize, quantize_experts, select_experts
 from pymoe.installation import show_config
 from pymoe.kernel import FusedMoEKernel, FusedMoEKernelModularImpl, FusedMoEKernelMonolithicImpl
@@ -69,6 +77,9 @@ __all__ = [
     "CommError",
     "CpuExperts",
     "CpuMonolithicExperts",
+    "CudaBatchedExperts",
+    "CudaGroupedExperts",
+    "CudaMonolithicExperts",
     "DTypeError",
     "ExpertTokensMetadata",
     "FusedMoEActivationFormat",

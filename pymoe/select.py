@@ -9,7 +9,15 @@ from pymoe.config import FusedMoEConfig
 from pymoe.contracts import FusedMoEActivationFormat, FusedMoEExperts, FusedMoEPrepareAndFinalize
 from pymoe.environment import logger
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
-from pymoe.experts import CpuExperts, CpuMonolithicExperts, NaiveBatchedExperts, NumpyReferenceExperts
+from pymoe.experts import (
+    CpuExperts,
+    CpuMonolithicExperts,
+    CudaBatchedExperts,
+    CudaGroupedExperts,
+    CudaMonolithicExperts,
+    NaiveBatchedExperts,
+    NumpyReferenceExperts,
+)
 from pymoe.prepare_finalize import (
     BatchedPrepareAndFinalize,
     SingleProcessMonolithicPrepareAndFinalize,
@@ -21,6 +29,7 @@ __all__ = ["CANDIDATES", "Choice", "Refusal", "select"]
 
 CANDIDATES: dict[str, tuple[type[FusedMoEExperts], ...]] = {
     "cpu": (CpuExperts, NumpyReferenceExperts, NaiveBatchedExperts, CpuMonolithicExperts),
+    "cuda": (CudaGroupedExperts, CudaBatchedExperts, CudaMonolithicExperts),
 }
 """Experts by device, best first."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pymoe.device.arrays import namespace
 from pymoe.errors import ArgumentError, complaint
 
 Array = Any
@@ -13,12 +14,13 @@ Array = Any
 
 def local_ids(topk_ids: Array, num_experts: int, expert_map: Array | None) -> Array:
     """Return the local expert of each slot, -1 where this process has none; no id is used as an index unchecked."""
+    xp = namespace(topk_ids)
     legal = (topk_ids >= 0) & (topk_ids < num_experts)
     if expert_map is None:
-        return np.where(legal, topk_ids, -1)
+        return xp.where(legal, topk_ids, -1)
     if num_experts == 0:
-        return np.full(topk_ids.shape, -1, np.int32)
-    return np.where(legal, expert_map[np.where(legal, topk_ids, 0)], -1)
+        return xp.full(topk_ids.shape, -1, np.int32)
+    return xp.where(legal, expert_map[xp.where(legal, topk_ids, 0)], -1)
 
 
 def live_tokens(topk_ids: Array, num_experts: int, expert_map: Array | None) -> Array:

@@ -16,7 +16,7 @@ FLOORS = {
 
 # Within a floor some rooms stand on others: checks use environment and device; contracts stand on config alone.
 SAME_FLOOR = {("checks", "environment"), ("checks", "device"), ("device", "environment"), ("device", "checks"),
-              ("codec", "checks"), ("codec", "device"), ("experts", "contracts"),
+              ("codec", "checks"), ("codec", "device"), ("tokens", "device"), ("experts", "contracts"),
               ("cli", "bench")}  # fmt: skip
 OPTIONAL = {"cupy", "cupy_backends", "cuda", "numba", "mpi4py", "torch", "jax", "matplotlib", "llvmlite", "tqdm"}
 READERS = {"environ", "environb", "getenv", "getenvb"}

@@ -11,6 +11,7 @@ import numpy as np
 from pymoe.codec.e8m0 import decode_e8m0
 from pymoe.codec.fp4 import decode_e2m1, unpack_nibbles
 from pymoe.codec.fp8 import decode_e4m3
+from pymoe.device.arrays import namespace
 from pymoe.quantization import FusedMoEQuantConfig, FusedMoEQuantDesc, QuantKey
 
 __all__ = ["WeightOperand", "code_table"]
@@ -73,22 +74,23 @@ class WeightOperand:
             Which rows the two scales of an (E, 2) tensor scheme belong to: even and odd ones instead of halves.
         """
         key = quant_config.weight_key
-        bias = None if desc.bias is None else np.asarray(desc.bias, np.float32)
+        xp = namespace(w)
+        bias = None if desc.bias is None else xp.asarray(desc.bias, np.float32)
         if key is None:
             return cls.unquantized(w, bias)
         codes = w.view(np.uint8) if w.dtype.itemsize == 1 and w.dtype != np.int8 else w
         E, N = w.shape[:2]
-        scale = np.asarray(desc.scale)
+        scale = xp.asarray(desc.scale)
         assert desc.shape is not None
         if desc.shape.row == -1:
             return cls(codes, K, key, row_scale=_row_scale(scale, E, N, interleaved), bias=bias)
         columns = K if desc.shape.col == -1 else desc.shape.col
         scale = scale.reshape(E, scale.shape[1], -(-K // columns))
-        scale = scale.view(np.uint8) if scale.dtype.itemsize == 1 else np.ascontiguousarray(scale, np.float32)
+        scale = scale.view(np.uint8) if scale.dtype.itemsize == 1 else xp.ascontiguousarray(scale, np.float32)
         row_scale = None
         if desc.scale_2 is not None:
-            scale_2 = np.asarray(desc.scale_2, np.float32)
-            row_scale = np.ascontiguousarray(np.broadcast_to(scale_2[:, None], (E, N)))
+            scale_2 = xp.asarray(desc.scale_2, np.float32)
+            row_scale = xp.ascontiguousarray(xp.broadcast_to(scale_2[:, None], (E, N)))
         return cls(codes, K, key, row_scale, scale, (desc.shape.row, columns), desc.zp, bias)
 
     def group_scale_of(self, e: int) -> Array | None:
@@ -140,12 +142,13 @@ class WeightOperand:
 
 def _row_scale(scale: Array, E: int, N: int, interleaved: bool) -> Array:
     """Return tensor scales (E,) or (E, 2), or channel scales (E, N) or (E, N, 1), as (E, N) float32."""
-    scale = np.asarray(scale, np.float32)
+    xp = namespace(scale)
+    scale = xp.asarray(scale, np.float32)
     if scale.ndim == 1:
-        scale = np.broadcast_to(scale[:, None], (E, N))
+        scale = xp.broadcast_to(scale[:, None], (E, N))
     elif scale.shape[1] == 2 and N != 2:
-        scale = np.tile(scale, (1, N // 2)) if interleaved else np.repeat(scale, N // 2, axis=1)
-    return np.ascontiguousarray(scale.reshape(E, N))
+        scale = xp.tile(scale, (1, N // 2)) if interleaved else xp.repeat(scale, N // 2, axis=1)
+    return xp.ascontiguousarray(scale.reshape(E, N))
 
 
 @cache

@@ -1,0 +1,149 @@
+"""The middle of every layer on a GPU: GEMM1 with its activation, requantization where the scheme asks for it, GEMM2."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pymoe import checks
+from pymoe.activations import ActivationConfig, MoEActivation
+from pymoe.codec.weights import WeightOperand
+from pymoe.config import FusedMoEParallelConfig
+from pymoe.contracts.experts import Activation
+from pymoe.device.arena import padded
+from pymoe.experts.routed import supports_quant_scheme
+from pymoe.ops.quantize import quantize_activations
+from pymoe.quantization import FusedMoEQuantConfig, QuantKey
+
+__all__ = ["CudaAbilities", "CudaExpertWeights", "WeightsCache", "intermediate_bytes"]
+
+Array = Any
+Empty = Callable[..., Array]
+
+
+class CudaAbilities:
+    """Every built-in activation, pair of schemes and shape; expert maps too."""
+
+    def supports_expert_map(self) -> bool:
+        return True
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        try:
+            import cupy
+        except ImportError:
+            return False
+        return bool(cupy.is_available())
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_activation(activation: Activation) -> bool:
+        return isinstance(activation, MoEActivation)
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: QuantKey | None, activation_key: QuantKey | None) -> bool:
+        return supports_quant_scheme(weight_key, activation_key)
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class CudaExpertWeights:
+    """Both weights of a layer with all that multiplying by them needs, on one device."""
+
+    w1: WeightOperand
+    w2: WeightOperand
+    activation: ActivationConfig
+    quant_config: FusedMoEQuantConfig
+    hidden_dtype: np.dtype
+
+    @classmethod
+    def of(
+        cls, w1: Array, w2: Array, activation: Activation | ActivationConfig, config: FusedMoEQuantConfig, dtype: Any
+    ) -> CudaExpertWeights:
+        """Read the operands off the arrays (E_local, N, K), (E_local, K, I) and the config."""
+        act = activation if isinstance(activation, ActivationConfig) else ActivationConfig(activation)
+        key = config.weight_key
+        per_byte = 2 if key is not None and key.is_packed else 1
+        K, width = w1.shape[2] * per_byte, w2.shape[2] * per_byte
+        config = checks.quant_config("experts", config, w1, w1.shape[1], K, width)
+        first = WeightOperand.from_quant_config(w1, config.w1, config, K, interleaved=act.is_interleaved)
+        return cls(first, WeightOperand.from_quant_config(w2, config.w2, config, width), act, config, np.dtype(dtype))
+
+    def routed_rows(
+        self,
+        a: Array,
+        a_scale: Array | None,
+        rows: Any,
+        out: Array,
+        *,
+        gather: Array | None = None,
+        gather_div: int = 1,
+        live_rows: Array | None = None,
+        empty: Empty,
+    ) -> None:
+        """Write GEMM2's rows to `out`, (P, K), for the rows that the work list names.
+
+        Parameters
+        ----------
+        a : cupy.ndarray, (rows, K)
+            Hidden dtype, or codes with `a_scale`.
+        rows : DeviceRowMap, DeviceSlabMap or TileList
+            The work list.
+        gather, gather_div
+            Row r reads row ``gather[r] // gather_div`` of `a`; None: row r itself.
+        live_rows : cupy.ndarray, (1,), int32, optional
+            How many rows from the front on are live, for a scale that all of them share.
+        empty : callable
+            Gives the scratch memory, `intermediate_bytes` in all.
+        """
+        from pymoe.ops.grouped_gemm import _cuda as gemm
+
+        key = self.quant_config.activation_key
+        width = self.activation.width(self.w1.codes.shape[1])
+        h = empty((out.shape[0], width), np.dtype("float32") if key is not None else self.hidden_dtype)
+        gemm.grouped_gemm(
+            a, self.w1, rows, gather=gather, gather_div=gather_div, a_scale=a_scale, a_key=key,
+            activation=self.activation, out=h,
+        )  # fmt: skip
+        scale = None
+        if key is not None:
+            h, scale = quantize_activations(h, self.quant_config, "a2", live_rows=live_rows, empty=empty)
+        gemm.grouped_gemm(h, self.w2, rows, a_scale=scale, a_key=key, out=out)
+
+
+class WeightsCache:
+    """The operands of the weights that were used last: building them looks at every array of a scheme."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, ...] = ()
+
+    def of(
+        self, w1: Array, w2: Array, activation: Activation | ActivationConfig, config: FusedMoEQuantConfig, dtype: Any
+    ) -> CudaExpertWeights:
+        """Return what `CudaExpertWeights.of` does."""
+        known = self._known
+        if known and known[0]() is w1 and known[1]() is w2 and known[2] == activation:
+            return known[3]
+        weights = CudaExpertWeights.of(w1, w2, activation, config, dtype)
+        self._known = (weakref.ref(w1), weakref.ref(w2), activation, weights)
+        return weights
+
+
+def intermediate_bytes(rows: int, width: int, config: FusedMoEQuantConfig, hidden_dtype: Any) -> int:
+    """Return the scratch bytes of `CudaExpertWeights.routed_rows` for `rows` rows of an intermediate of width I."""
+    if config.activation_key is None:
+        return padded((rows, width), hidden_dtype)
+    extent = config.activation_key.scale.group_shape.col
+    groups = -(-width // extent) if extent > 1 else 1
+    codes_and_scales = padded((rows, width), np.uint8) + 2 * padded((rows, groups), np.float32)
+    return padded((rows, width), np.float32) + codes_and_scales
