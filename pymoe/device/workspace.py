@@ -229,6 +229,12 @@ class Workspaces:
             with entry.lock:
                 entry.workspace.release()
 
+    def detach(self) -> object | None:
+        """Forget the current stream's workspace and return it, for a graph to keep as long as it may be replayed."""
+        key, _ = self._current_stream()
+        with self._lock:
+            return self._entries.pop(key, None)
+
     def _find(self) -> _Entry:
         key, current = self._current_stream()
         with self._lock:

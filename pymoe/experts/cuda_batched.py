@@ -12,9 +12,6 @@ from pymoe.contracts.experts import Activation
 from pymoe.device.arena import Arenas, padded
 from pymoe.errors import ArgumentError, complaint
 from pymoe.experts.cuda_weights import CudaAbilities, WeightsCache, intermediate_bytes
-from pymoe.experts.routed import supports_quant_scheme
-from pymoe.quantization import QuantKey
-from pymoe.quantization.keys import PER_TENSOR
 from pymoe.weight_and_reduce import TopKWeightAndReduceDelegate
 
 __all__ = ["CudaBatchedExperts"]
@@ -41,14 +38,6 @@ class CudaBatchedExperts(CudaAbilities, FusedMoEExpertsModular):
     def activation_format() -> FusedMoEActivationFormat:
         return FusedMoEActivationFormat.BatchedExperts
 
-    @staticmethod
-    def _supports_quant_scheme(weight_key: QuantKey | None, activation_key: QuantKey | None) -> bool:
-        # One dynamic scale for all valid rows needs them side by side, and slabs have gaps.
-        if activation_key is not None and activation_key.scale.group_shape == PER_TENSOR:
-            if not activation_key.scale.static:
-                return False
-        return supports_quant_scheme(weight_key, activation_key)
-
     def supports_chunking(self) -> bool:
         return False
 
@@ -69,7 +58,7 @@ class CudaBatchedExperts(CudaAbilities, FusedMoEExpertsModular):
         expert_tokens_meta: ExpertTokensMetadata | None,
         activation: Activation | ActivationConfig,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Workspace13 is not used, since it may share its memory with the output; workspace2 holds the rest, in bytes."""
+        """Workspace2 holds everything, in bytes; workspace13 may share its memory with the output."""
         assert self.max_num_tokens is not None and self.num_dispatchers is not None
         slab_rows = self.max_num_tokens * self.num_dispatchers
         rows, width = local_num_experts * slab_rows, self.adjust_N_for_activation(N, activation)
@@ -115,5 +104,6 @@ class CudaBatchedExperts(CudaAbilities, FusedMoEExpertsModular):
             a1q_scale,
             TileList(*tiles, _TILE_ROWS),
             output.reshape(E_local * slab_rows, -1),
+            live=expert_tokens_meta.expert_num_tokens,
             empty=arena.empty,
         )

@@ -88,7 +88,7 @@ class CudaExpertWeights:
         *,
         gather: Array | None = None,
         gather_div: int = 1,
-        live_rows: Array | None = None,
+        live: Array | None = None,
         empty: Empty,
     ) -> None:
         """Write GEMM2's rows to `out`, (P, K), for the rows that the work list names.
@@ -101,8 +101,8 @@ class CudaExpertWeights:
             The work list.
         gather, gather_div
             Row r reads row ``gather[r] // gather_div`` of `a`; None: row r itself.
-        live_rows : cupy.ndarray, (1,), int32, optional
-            How many rows from the front on are live, for a scale that all of them share.
+        live : cupy.ndarray, (n,), int32, optional
+            How many rows at the front of each of n equal slabs are live; the others are not quantized.
         empty : callable
             Gives the scratch memory, `intermediate_bytes` in all.
         """
@@ -117,7 +117,7 @@ class CudaExpertWeights:
         )  # fmt: skip
         scale = None
         if key is not None:
-            h, scale = quantize_activations(h, self.quant_config, "a2", live_rows=live_rows, empty=empty)
+            h, scale = quantize_activations(h, self.quant_config, "a2", live=live, empty=empty)
         gemm.grouped_gemm(h, self.w2, rows, a_scale=scale, a_key=key, out=out)
 
 

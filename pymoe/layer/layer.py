@@ -13,9 +13,10 @@ from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivat
 from pymoe.config import FusedMoEConfig, RoutingConfig, resolve_activation
 from pymoe.dense import Gate, SharedExperts
 from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, device_of, is_cuda, module_of, namespace
-from pymoe.errors import ArgumentError, ClosedError, DTypeError, UnsupportedError, complaint
+from pymoe.errors import ArgumentError, ClosedError, DTypeError, complaint
 from pymoe.kernel import FusedMoEKernel
 from pymoe.layer.arguments import check_single_process, expert_map_of, gate_of, routing_of, topk_of
+from pymoe.layer.capture import CapturedCall, captured_arrays
 from pymoe.layer.plan import Plan
 from pymoe.layer.router import LayerRouter, loads
 from pymoe.ops.route.router import route_as
@@ -317,14 +318,23 @@ class MoELayer:
             if isinstance(self.shared_experts, SharedExperts):
                 self.shared_experts(x)
 
-    def capture(self, M: int, inputs: str = "hidden") -> Any:
-        """Capture a call with `M` tokens in a CUDA graph; the CPU has none.
+    def capture(self, M: int, inputs: str = "hidden") -> CapturedCall:
+        """Return a call with `M` tokens of `dtype` as a CUDA graph, with ``inputs``, ``output`` and ``replay()``.
 
-        Raises UnsupportedError on the CPU, always.
+        `inputs` is "hidden", "logits" or "topk": whether the gate, logits, or ids and weights say who computes what.
+        The graph keeps the weights alive, also after `close`; its replays do not count in `last_load`.  Raises
+        UnsupportedError for weights on the host.
         """
         self._check_open("MoELayer.capture")
-        rule = "run on CUDA arrays to be captured"
-        raise UnsupportedError(complaint("MoELayer.capture", "the layer", rule, "NumPy weights"))
+        M = checks.integer("MoELayer.capture", "M", M, 1)
+        self._check_tokens("MoELayer.capture", M)
+        arrays, routed = captured_arrays(self, M, inputs), self._routed
+        kernel = self._kernel(self.dtype)[0]
+        held = (self._w1, self._w2, self._expert_map, self.gate, self.shared_experts, kernel)
+        try:
+            return CapturedCall(self, arrays, held, kernel.impl.workspaces)  # type: ignore[union-attr]
+        finally:
+            self._routed = routed
 
     @property
     def last_load(self) -> Array | None:
