@@ -52,6 +52,7 @@ from pymoe.kernel import FusedMoEKernel, FusedMoEKernelModularImpl, FusedMoEKern
 from pymoe.layer import MoELayer, Plan
 from pymoe.prepare_finalize import (
     BatchedPrepareAndFinalize,
+    CudaBatchedPrepareAndFinalize,
     SingleProcessAsyncPrepareAndFinalize,
     SingleProcessMonolithicPrepareAndFinalize,
     SingleProcessPrepareAndFinalize,
@@ -72,6 +73,7 @@ __all__ = [
     "ArgumentError",
     "BackendUnavailableError",
     "BatchedPrepareAndFinalize",
+    "CudaBatchedPrepareAndFinalize",
     "CheckpointError",
     "ClosedError",
     "CommError",

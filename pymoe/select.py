@@ -20,6 +20,7 @@ from pymoe.experts import (
 )
 from pymoe.prepare_finalize import (
     BatchedPrepareAndFinalize,
+    CudaBatchedPrepareAndFinalize,
     SingleProcessMonolithicPrepareAndFinalize,
     SingleProcessPrepareAndFinalize,
 )
@@ -104,7 +105,8 @@ def _build(
     """Return prepare/finalize of the chosen experts' kind and format, and the experts built for it."""
     prepare_finalize: FusedMoEPrepareAndFinalize
     if chosen.activation_format() is FusedMoEActivationFormat.BatchedExperts:
-        prepare_finalize = BatchedPrepareAndFinalize(moe_config.max_num_tokens, moe_config.num_local_experts)
+        slabs = BatchedPrepareAndFinalize if moe_config.device == "cpu" else CudaBatchedPrepareAndFinalize
+        prepare_finalize = slabs(moe_config.max_num_tokens, moe_config.num_local_experts)
         capacity = prepare_finalize.max_num_tokens_per_rank()
         return prepare_finalize, chosen(moe_config, quant_config, capacity, prepare_finalize.num_dispatchers())
     if chosen.is_monolithic():

@@ -8,7 +8,7 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.contracts import RowMap, TopKWeightAndReduce
-from pymoe.device.arrays import as_numpy
+from pymoe.device.arrays import as_array, as_numpy, namespace
 from pymoe.errors import ShapeError, UnsupportedError, complaint
 from pymoe.ops.unpermute import unpermute
 from pymoe.ops.weight_reduce import weight_reduce
@@ -65,9 +65,10 @@ class TopKWeightAndReduceNoOP(_ByType):
         if output is None or output is fused_expert_output:
             return fused_expert_output
         call = f"{type(self).__name__}.apply"
-        checks.shape(call, "output", as_numpy(call, "output", output), fused_expert_output.shape)
+        target = as_array(call, "output", output)
+        checks.shape(call, "output", target, fused_expert_output.shape)
         with np.errstate(all="ignore"):
-            np.copyto(output, fused_expert_output, casting="unsafe")
+            namespace(target).copyto(target, fused_expert_output, casting="unsafe")
         return output
 
 
@@ -84,7 +85,7 @@ class TopKWeightAndReduceContiguous(_ByType):
     ) -> Array:
         call = f"{type(self).__name__}.apply"
         M, topk = topk_ids.shape
-        rows = as_numpy(call, "fused_expert_output", fused_expert_output)
+        rows = as_array(call, "fused_expert_output", fused_expert_output)
         checks.shape(call, "fused_expert_output", rows, (M * topk, None), (M, topk, None))
         weights = None if apply_router_weight_on_input else topk_weights
         return weight_reduce(rows.reshape(M, topk, rows.shape[-1]), weights, topk_ids, out=output)

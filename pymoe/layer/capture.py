@@ -1,4 +1,4 @@
-"""A layer's call as a CUDA graph: one launch from the host, replayed with whatever its inputs hold by then."""
+"""Before the calls that count: run a layer once to compile it, or record a call of it as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from pymoe.dense import SharedExperts
+from pymoe.device.arrays import module_of
 from pymoe.device.workspace import Workspaces
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
+from pymoe.kernel import FusedMoEKernel
+from pymoe.ops.route.router import route_as
 
 __all__ = ["CapturedCall"]
 
@@ -69,7 +73,7 @@ class CapturedCall:
         self._graph = self._stream.end_capture()
 
     def _abandon(self) -> None:
-        """End a capture that went wrong, so that the stream can be used and freed; its own error is the one that counts."""
+        """End a capture that went wrong, so that the stream can be used and freed again."""
         try:
             self._stream.end_capture()
         except Exception:  # CUDA reports here that the capture is invalid, which is why we are here
@@ -81,6 +85,22 @@ class CapturedCall:
 
         self._graph.launch(cupy.cuda.get_current_stream())
         return self.output
+
+
+def run_once(layer: Any, M: int) -> None:
+    """Run what a call of `layer` with M tokens of its dtype runs, on zeros, on the current device."""
+    call, xp = "MoELayer.warm_up", module_of(layer.device)
+    x = xp.zeros((M, layer.K), layer.dtype)
+    logits = xp.zeros((M, layer.num_experts), np.float32) if layer.gate is None else layer.gate(x)
+    if layer.routing.custom_routing_function is None:
+        route_as(call, logits, layer.routing, hidden_states=x, input_ids=xp.zeros(M, np.int64))
+    ids = xp.arange(M * layer.topk, dtype=np.int32).reshape(M, layer.topk) % layer.num_experts
+    kernel = layer._kernel(layer.dtype)[0]
+    routed_only = FusedMoEKernel(kernel.prepare_finalize, kernel.fused_experts, chunk_size=layer._chunk_size)
+    routed_only.impl.workspaces = kernel.impl.workspaces  # type: ignore[union-attr]
+    layer._run(call, routed_only, x, xp.zeros(ids.shape, np.float32), ids, None, None)
+    if isinstance(layer.shared_experts, SharedExperts):
+        layer.shared_experts(x)
 
 
 def captured_arrays(layer: Any, M: int, inputs: str) -> dict[str, tuple[tuple[int, ...], Any]]:

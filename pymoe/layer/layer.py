@@ -12,14 +12,13 @@ from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.config import FusedMoEConfig, RoutingConfig, resolve_activation
 from pymoe.dense import Gate, SharedExperts
-from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, device_of, is_cuda, module_of, namespace
+from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, complaint
 from pymoe.kernel import FusedMoEKernel
 from pymoe.layer.arguments import check_single_process, expert_map_of, gate_of, routing_of, topk_of
-from pymoe.layer.capture import CapturedCall, captured_arrays
+from pymoe.layer.capture import CapturedCall, captured_arrays, run_once
 from pymoe.layer.plan import Plan
 from pymoe.layer.router import LayerRouter, loads
-from pymoe.ops.route.router import route_as
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 from pymoe.select import Refusal, select
 
@@ -305,18 +304,8 @@ class MoELayer:
         self._check_open("MoELayer.warm_up")
         M = checks.integer("MoELayer.warm_up", "M", M, 0)
         self._check_tokens("MoELayer.warm_up", M)
-        xp = module_of(self.device)
         with device_of(self._w1):
-            x = xp.zeros((M, self.K), self.dtype)
-            logits = xp.zeros((M, self.num_experts), np.float32) if self.gate is None else self.gate(x)
-            if self.routing.custom_routing_function is None:
-                route_as("MoELayer.warm_up", logits, self.routing, hidden_states=x, input_ids=xp.zeros(M, np.int64))
-            ids = xp.arange(M * self.topk, dtype=np.int32).reshape(M, self.topk) % self.num_experts
-            kernel = self._kernel(self.dtype)[0]
-            routed_only = FusedMoEKernel(kernel.prepare_finalize, kernel.fused_experts, chunk_size=self._chunk_size)
-            self._run("MoELayer.warm_up", routed_only, x, xp.zeros(ids.shape, np.float32), ids, None, None)
-            if isinstance(self.shared_experts, SharedExperts):
-                self.shared_experts(x)
+            run_once(self, M)
 
     def capture(self, M: int, inputs: str = "hidden") -> CapturedCall:
         """Return a call with `M` tokens of `dtype` as a CUDA graph, with ``inputs``, ``output`` and ``replay()``.

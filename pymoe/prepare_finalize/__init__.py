@@ -1,11 +1,13 @@
 """Prepare/finalize: what happens to the tokens before the experts and to their output after them."""
 
 from pymoe.prepare_finalize.batched import BatchedPrepareAndFinalize
+from pymoe.prepare_finalize.cuda_batched import CudaBatchedPrepareAndFinalize
 from pymoe.prepare_finalize.monolithic import SingleProcessMonolithicPrepareAndFinalize
 from pymoe.prepare_finalize.single import SingleProcessAsyncPrepareAndFinalize, SingleProcessPrepareAndFinalize
 
 __all__ = [
     "BatchedPrepareAndFinalize",
+    "CudaBatchedPrepareAndFinalize",
     "SingleProcessAsyncPrepareAndFinalize",
     "SingleProcessMonolithicPrepareAndFinalize",
     "SingleProcessPrepareAndFinalize",
