@@ -9,10 +9,10 @@ import pytest
 
 import pymoe
 from pymoe import CudaBatchedExperts, CudaGroupedExperts, CudaMonolithicExperts, FusedMoEKernel
-from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG
 from tests import gpu
 from tests.cuda.transfer import to_device, to_host
-from tests.experts.test_pairs import SCHEMES, E, K, problem
+from tests.experts import test_pairs
+from tests.experts.test_pairs import SCHEMES, problem
 from tests.selection import BF16, selection
 from tests.test_selection import EXACT, NEARLY, kernel_for, sizes
 from tests.test_selection import apply as apply_kernel
@@ -121,10 +121,10 @@ def test_batched_and_monolithic_equal_standard_bit_for_bit(scheme):
     options = {"device": "cuda"}
     standard = q.run(CudaGroupedExperts(q.config(**options), q.quant_config), pymoe.SingleProcessPrepareAndFinalize())
     batched = CudaBatchedExperts(q.config(**options), q.quant_config, 16, 2)
-    y = q.run(batched, pymoe.CudaBatchedPrepareAndFinalize(16, E, num_dispatchers=2))
+    y = q.run(batched, pymoe.CudaBatchedPrepareAndFinalize(16, test_pairs.E, num_dispatchers=2))
     np.testing.assert_array_equal(to_host(y), to_host(standard))
     routing = pymoe.RoutingConfig(3)
-    logits = to_device(np.random.default_rng(0).standard_normal((p.x.shape[0], E)).astype(np.float32))
+    logits = to_device(np.random.default_rng(0).standard_normal((p.x.shape[0], test_pairs.E)).astype(np.float32))
     weights, ids = pymoe.select_experts(logits, 3)
     experts = CudaMonolithicExperts(q.config(routing=routing, **options), q.quant_config)
     kernel = FusedMoEKernel(pymoe.SingleProcessMonolithicPrepareAndFinalize(), experts)
@@ -230,4 +230,3 @@ def test_select_says_why():
     plan = pymoe.MoELayer(given["w1"], given["w2"], topk=2).plan(3)
     assert plan.experts == "CudaGroupedExperts" and plan.workspace_bytes > 0
     assert {name for name, _ in plan.refused} == {"CudaBatchedExperts", "CudaMonolithicExperts"}
-    assert FUSED_MOE_UNQUANTIZED_CONFIG.weight_key is None and K

@@ -196,7 +196,7 @@ def test_a_producer_on_a_side_stream_is_waited_for(cuda):
     good, x = to_device(tokens(40)), cuda.full((40, K), np.nan, BF16)
     expected = bits(ours(good))
     slow = cuda.RawKernel(
-        'extern "C" __global__ void slow(long long cycles) { long long t = clock64(); while (clock64() - t < cycles); }',
+        'extern "C" __global__ void slow(long long n) { long long t = clock64(); while (clock64() - t < n); }',
         "slow",
     )
     stream = cuda.cuda.Stream(non_blocking=True)
