@@ -10,8 +10,9 @@ from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.codec.weights import WeightOperand
 from pymoe.config import resolve_activation
-from pymoe.device.arrays import as_array
+from pymoe.device.arrays import as_array, as_given, device_of, is_cuda, namespace
 from pymoe.errors import ShapeError, complaint
+from pymoe.experts.cuda_weights import WeightsCache, dense_rows
 from pymoe.experts.routed import ExpertWeights
 from pymoe.ops.grouped_gemm import grouped_gemm
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG
@@ -87,7 +88,10 @@ class SharedExperts:
         checks.shape(call, "w2", w2, (None, None))
         self.activation = resolve_activation(call, activation, FUSED_MOE_UNQUANTIZED_CONFIG)
         checks.weights(call, w1[None], w2[None], w1.shape[1], self.activation, FUSED_MOE_UNQUANTIZED_CONFIG)
+        checks.one_device(call, w1=w1, w2=w2)
         self.w1, self.w2 = w1, w2
+        self._stacked = w1[None], w2[None]
+        self._weights = WeightsCache()
         self.gate = None if gate is None else self._as_gate(gate)
 
     def _as_gate(self, gate: Array | Gate) -> Gate:
@@ -103,12 +107,23 @@ class SharedExperts:
         """Return the shared output, (M, K) float32, of tokens (M, K); the intermediate is rounded to their dtype."""
         x = as_array("SharedExperts", "hidden_states", hidden_states)
         checks.hidden("SharedExperts", "hidden_states", x, self.w1.shape[1])
+        checks.one_device("SharedExperts", w1=self.w1, hidden_states=x)
+        with device_of(x):
+            y = self._on_device(x) if is_cuda(x) else self._on_host(x)
+            if self.gate is not None:
+                with np.errstate(all="ignore"):
+                    y *= 1 / (1 + namespace(x).exp(-self.gate(x)))
+        return as_given(y, hidden_states)
+
+    def _on_host(self, x: Array) -> Array:
         weights = ExpertWeights.of(self.w1[None], self.w2[None], self.activation, FUSED_MOE_UNQUANTIZED_CONFIG, x.dtype)
         y = np.empty((x.shape[0], self.w2.shape[0]), np.float32)
         for start in range(0, x.shape[0], _CHUNK_ROWS):
             rows = np.arange(start, min(start + _CHUNK_ROWS, x.shape[0]))
             y[rows] = weights.routed_rows(x, None, np.array([0, len(rows)]), rows, a2_scale=None)
-        if self.gate is not None:
-            with np.errstate(all="ignore"):
-                y *= 1 / (1 + np.exp(-self.gate(x)))
         return y
+
+    def _on_device(self, x: Array) -> Array:
+        weights = self._weights.of(*self._stacked, self.activation, FUSED_MOE_UNQUANTIZED_CONFIG, x.dtype)
+        chunks = [dense_rows(weights, x[i : i + _CHUNK_ROWS]) for i in range(0, max(len(x), 1), _CHUNK_ROWS)]
+        return chunks[0] if len(chunks) == 1 else namespace(x).concatenate(chunks)

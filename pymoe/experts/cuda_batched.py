@@ -104,6 +104,6 @@ class CudaBatchedExperts(CudaAbilities, FusedMoEExpertsModular):
             a1q_scale,
             TileList(*tiles, _TILE_ROWS),
             output.reshape(E_local * slab_rows, -1),
-            live=expert_tokens_meta.expert_num_tokens,
+            live_rows=expert_tokens_meta.expert_num_tokens,
             empty=arena.empty,
         )

@@ -126,7 +126,7 @@ def grouped_experts(
         routed,
         gather=row_map.row_to_slot,
         gather_div=topk,
-        live=None if weights.quant_config.activation_key is None else row_map.expert_offsets[E_local:],
+        live_rows=None if weights.quant_config.activation_key is None else row_map.expert_offsets[E_local:],
         empty=intermediate.empty,
     )
     gather.unpermute(routed, row_map.slot_to_row, routing.topk_weights, output)

@@ -19,7 +19,7 @@ from pymoe.experts.routed import supports_quant_scheme
 from pymoe.ops.quantize import quantize_activations
 from pymoe.quantization import FusedMoEQuantConfig, QuantKey
 
-__all__ = ["CudaAbilities", "CudaExpertWeights", "WeightsCache", "intermediate_bytes"]
+__all__ = ["CudaAbilities", "CudaExpertWeights", "WeightsCache", "dense_rows", "intermediate_bytes"]
 
 Array = Any
 Empty = Callable[..., Array]
@@ -88,7 +88,7 @@ class CudaExpertWeights:
         *,
         gather: Array | None = None,
         gather_div: int = 1,
-        live: Array | None = None,
+        live_rows: Array | None = None,
         empty: Empty,
     ) -> None:
         """Write GEMM2's rows to `out`, (P, K), for the rows that the work list names.
@@ -101,7 +101,7 @@ class CudaExpertWeights:
             The work list.
         gather, gather_div
             Row r reads row ``gather[r] // gather_div`` of `a`; None: row r itself.
-        live : cupy.ndarray, (n,), int32, optional
+        live_rows : cupy.ndarray, (n,), int32, optional
             How many rows at the front of each of n equal slabs are live; the others are not quantized.
         empty : callable
             Gives the scratch memory, `intermediate_bytes` in all.
@@ -117,8 +117,24 @@ class CudaExpertWeights:
         )  # fmt: skip
         scale = None
         if key is not None:
-            h, scale = quantize_activations(h, self.quant_config, "a2", live=live, empty=empty)
+            h, scale = quantize_activations(h, self.quant_config, "a2", live_rows=live_rows, empty=empty)
         gemm.grouped_gemm(h, self.w2, rows, a_scale=scale, a_key=key, out=out)
+
+
+def dense_rows(weights: CudaExpertWeights, x: Array) -> Array:
+    """Return what the only expert of `weights` makes of all tokens `x` (M, K), (M, K) float32."""
+    import cupy
+
+    from pymoe.ops.grouped_gemm import _cuda as gemm
+    from pymoe.ops.permute import _cuda as sort
+
+    M = x.shape[0]
+    out = cupy.empty((M, weights.w2.codes.shape[1]), np.float32)
+    if M:
+        tile_rows = gemm.choose_tile_rows(M, 1, 1)
+        tiles = sort.work_list(cupy.full((1,), M, np.int32), M, tile_rows)
+        weights.routed_rows(x, None, gemm.TileList(*tiles, tile_rows), out, empty=cupy.empty)
+    return out
 
 
 class WeightsCache:
