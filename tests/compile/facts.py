@@ -20,6 +20,8 @@ from pymoe.device.private import private_folder
 
 _FORMAT = 1
 """Of the kept files; another number forgets them."""
+_UNUSED = "warning #177-D"
+"""An unused variable: one instance is compiled, so a constant that only the others use is one."""
 _OPCODE = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
@@ -63,7 +65,8 @@ def facts_of(compiled: CompiledKernel, *, sass: bool) -> Facts:
         )
     }  # fmt: skip
     assert numbers["registers"] > 0, f"the log says nothing of the kernel:\n{log}"
-    warnings = [line.strip() for line in log.splitlines() if re.search(r"warning|Potential Performance Loss", line)]
+    lines = [line.strip() for line in log.splitlines() if _UNUSED not in line]
+    warnings = [line for line in lines if re.search(r"warning\s*[#:]|Potential Performance Loss", line)]
     return Facts(**numbers, warnings=tuple(warnings), opcodes=opcodes(compiled.cubin) if sass else None)
 
 
