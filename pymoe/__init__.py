@@ -3,6 +3,7 @@
 from pymoe import ops
 from pymoe._version import __version__
 from pymoe.activations import ActivationConfig, MoEActivation, register_activation
+from pymoe.comm import abort_on_error
 from pymoe.config import (
     FusedMoEConfig,
     FusedMoEParallelConfig,
@@ -51,11 +52,13 @@ from pymoe.installation import show_config
 from pymoe.kernel import FusedMoEKernel, FusedMoEKernelModularImpl, FusedMoEKernelMonolithicImpl
 from pymoe.layer import MoELayer, Plan
 from pymoe.prepare_finalize import (
+    AllGatherPrepareAndFinalize,
     BatchedPrepareAndFinalize,
     CudaBatchedPrepareAndFinalize,
     SingleProcessAsyncPrepareAndFinalize,
     SingleProcessMonolithicPrepareAndFinalize,
     SingleProcessPrepareAndFinalize,
+    StandardEpPrepareAndFinalize,
 )
 from pymoe.quantization import *  # noqa: F403  every QuantKey under its own name
 from pymoe.quantization import QUANT_KEYS, FusedMoEQuantConfig, FusedMoEQuantDesc, GroupShape, QuantKey, ScaleDesc
@@ -70,6 +73,7 @@ from pymoe.weight_and_reduce import (
 __all__ = [
     *QUANT_KEYS,
     "ActivationConfig",
+    "AllGatherPrepareAndFinalize",
     "ArgumentError",
     "BackendUnavailableError",
     "BatchedPrepareAndFinalize",
@@ -119,6 +123,7 @@ __all__ = [
     "SingleProcessAsyncPrepareAndFinalize",
     "SingleProcessMonolithicPrepareAndFinalize",
     "SingleProcessPrepareAndFinalize",
+    "StandardEpPrepareAndFinalize",
     "TopKWeightAndReduce",
     "TopKWeightAndReduceContiguous",
     "TopKWeightAndReduceDelegate",
@@ -126,6 +131,7 @@ __all__ = [
     "TopKWeightAndReduceNoOP",
     "UnsupportedError",
     "__version__",
+    "abort_on_error",
     "checked",
     "dequantize",
     "fused_experts",

@@ -199,7 +199,11 @@ def _method(call: str, method: RoutingMethodType | str | int | None) -> RoutingM
 
 @dataclass(frozen=True)
 class FusedMoEParallelConfig:
-    """Ranks that share a layer: tensor, data and expert parallel sizes and this rank's place in each."""
+    """Ranks that share a layer: tensor, data and expert parallel sizes and this rank's place in each.
+
+    `all2all_backend` says how tokens reach their experts: "standard" sends a row once to each rank that needs it,
+    "allgather_reducescatter" sends every row to every rank.
+    """
 
     tp_size: int = 1
     pcp_size: int = 1
@@ -248,6 +252,13 @@ class FusedMoEParallelConfig:
     def make_no_parallel(cls) -> FusedMoEParallelConfig:
         """Return the layout of a single process."""
         return cls()
+
+    @classmethod
+    def make_expert_parallel(cls, size: int, rank: int, all2all_backend: str = "standard") -> FusedMoEParallelConfig:
+        """Return the layout in which `size` ranks, each with tokens of its own, share out the experts."""
+        return cls(
+            ep_size=size, ep_rank=rank, dp_size=size, dp_rank=rank, use_ep=size > 1, all2all_backend=all2all_backend
+        )
 
     @property
     def is_sequence_parallel(self) -> bool:

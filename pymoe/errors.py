@@ -51,7 +51,18 @@ class CheckpointError(PymoeError, ValueError):
 
 
 class CommError(PymoeError, RuntimeError):
-    """The ranks disagree, or one of them failed or stalled; names the rank and the field."""
+    """The ranks disagree, or one of them failed or stalled.
+
+    Attributes
+    ----------
+    rank : int or None
+        The rank that failed, or the first that differs.
+    field : str or None
+        What the ranks disagree in; None where a rank raised or stalled.
+    """
+
+    rank: int | None = None
+    field: str | None = None
 
 
 class ClosedError(PymoeError, RuntimeError):

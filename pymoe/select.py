@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pymoe.comm import Ranks
 from pymoe.config import FusedMoEConfig
 from pymoe.contracts import FusedMoEActivationFormat, FusedMoEExperts, FusedMoEPrepareAndFinalize
 from pymoe.environment import logger
@@ -19,10 +20,12 @@ from pymoe.experts import (
     NumpyReferenceExperts,
 )
 from pymoe.prepare_finalize import (
+    AllGatherPrepareAndFinalize,
     BatchedPrepareAndFinalize,
     CudaBatchedPrepareAndFinalize,
     SingleProcessMonolithicPrepareAndFinalize,
     SingleProcessPrepareAndFinalize,
+    StandardEpPrepareAndFinalize,
 )
 from pymoe.quantization import FusedMoEQuantConfig
 
@@ -57,6 +60,7 @@ def select(
     *,
     activation_format: FusedMoEActivationFormat = FusedMoEActivationFormat.Standard,
     monolithic: bool = False,
+    ranks: Ranks | None = None,
 ) -> Choice:
     """Return the preferred pair for a configuration.
 
@@ -68,6 +72,8 @@ def select(
         Format between prepare and experts.
     monolithic : bool
         Whether the experts route themselves.
+    ranks : Ranks, optional
+        The ranks that share the experts; None for one process.
 
     Raises
     ------
@@ -96,14 +102,23 @@ def select(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
         raise UnsupportedError(complaint("select", "the configuration", "suit one of the candidates", reasons))
     logger.debug("select: %s; refused %s", chosen.__name__, refused)
-    return Choice(*_build(chosen, moe_config, quant_config), tuple(refused))
+    if ranks is not None:
+        refused.extend(Refusal(f"transport {name}", reason) for name, reason in ranks.group.refused)
+    return Choice(*_build(chosen, moe_config, quant_config, ranks), tuple(refused))
 
 
 def _build(
-    chosen: type[FusedMoEExperts], moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig
+    chosen: type[FusedMoEExperts],
+    moe_config: FusedMoEConfig,
+    quant_config: FusedMoEQuantConfig,
+    ranks: Ranks | None,
 ) -> tuple[FusedMoEPrepareAndFinalize, FusedMoEExperts]:
     """Return prepare/finalize of the chosen experts' kind and format, and the experts built for it."""
     prepare_finalize: FusedMoEPrepareAndFinalize
+    if ranks is not None:
+        gathers = moe_config.moe_parallel_config.all2all_backend == "allgather_reducescatter"
+        pair = AllGatherPrepareAndFinalize if gathers else StandardEpPrepareAndFinalize
+        return pair(ranks, asynchronous=True), chosen(moe_config, quant_config)
     if chosen.activation_format() is FusedMoEActivationFormat.BatchedExperts:
         slabs = BatchedPrepareAndFinalize if moe_config.device == "cpu" else CudaBatchedPrepareAndFinalize
         prepare_finalize = slabs(moe_config.max_num_tokens, moe_config.num_local_experts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -53,9 +54,21 @@ class FusedMoEPrepareAndFinalize(abc.ABC):
         """Whether prepare_async and finalize_async exist."""
         return False
 
+    def guard(self, call: str) -> contextlib.AbstractContextManager[None]:
+        """Surround one whole call: a pair that communicates tells the other ranks of an error inside."""
+        return contextlib.nullcontext()
+
 
 class FusedMoEPrepareAndFinalizeModular(FusedMoEPrepareAndFinalize):
     """Prepare/finalize for experts that take ids and weights."""
+
+    def localizes_ids(self) -> bool:
+        """Whether the ids that prepare returns count this process's experts, so that no expert map applies to them."""
+        return False
+
+    def combine_dtype(self, out_dtype: Any) -> Any:
+        """Element type in which finalize takes the experts' rows; wider than `out_dtype` where it sums them again."""
+        return out_dtype
 
     @abc.abstractmethod
     def prepare(

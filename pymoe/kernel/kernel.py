@@ -23,6 +23,7 @@ from pymoe.device.arrays import as_array, as_given, device_of, is_cuda, namespac
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
 from pymoe.kernel.modular import FusedMoEKernelModularImpl
 from pymoe.kernel.monolithic import FusedMoEKernelMonolithicImpl
+from pymoe.kernel.stages import guarded
 
 Array = Any
 Activation = MoEActivation | RegisteredActivation | ActivationConfig | str
@@ -139,6 +140,7 @@ class FusedMoEKernel:
             return as_given(y, hidden_states)
         return (as_given(y[0], hidden_states), out) if isinstance(y, tuple) else out
 
+    @guarded
     def apply_as(
         self,
         call: str,
@@ -193,6 +195,7 @@ class FusedMoEKernel:
                 output=out,
             )
 
+    @guarded
     def apply_monolithic(
         self,
         hidden_states: Array,

@@ -78,6 +78,8 @@ class FusedMoEKernelModularImpl:
             a1q, a1q_scale, meta, topk_ids, topk_weights = self._prepare(
                 hidden_states, topk_weights, topk_ids, global_num_experts, expert_map, apply_router_weight_on_input
             )
+        if self.prepare_finalize.localizes_ids():
+            expert_map, global_num_experts = None, w1.shape[0]
         # On a device the stream's workspace is ours until finalize has queued its reads of it.
         with self.workspaces.current() if is_cuda(a1q) else contextlib.nullcontext("cpu") as device:
             with note_stage("experts", self):
@@ -191,12 +193,13 @@ class FusedMoEKernelModularImpl:
         experts = self.fused_experts
         E_local, M, N, K, topk = experts.moe_problem_size(a1q, w1, w2, topk_ids)
         chunks, chunk = self._chunk_info(M)
+        out_dtype = self.prepare_finalize.combine_dtype(output.dtype)
         if chunks == 0:
-            return namespace(a1q).empty((0, K), experts.routed_dtype(output.dtype))
+            return namespace(a1q).empty((0, K), experts.routed_dtype(out_dtype))
         sizes = (N, K, topk, global_num_experts, E_local)
         writes_output = self._writes_output(output)
         workspace13, workspace2, fused_out = self._allocate_buffers(
-            output.dtype, device, chunk, M, *sizes, expert_tokens_meta, activation, not writes_output
+            out_dtype, device, chunk, M, *sizes, expert_tokens_meta, activation, not writes_output
         )
         if writes_output:
             fused_out = output

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pymoe.contracts import ExpertTokensMetadata
 
 Array = Any
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def guarded(method: Method) -> Method:
+    """Run a method of a kernel inside the guard of its prepare/finalize; a string before the tokens names the call."""
+
+    @functools.wraps(method)
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        call = args[0] if args and isinstance(args[0], str) else f"FusedMoEKernel.{method.__name__}"
+        with kernel.prepare_finalize.guard(call):
+            return method(kernel, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -7,27 +7,13 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
+from pymoe.comm.placement import STRATEGIES
 from pymoe.config import RoutingConfig
 from pymoe.dense import Gate
 from pymoe.device.arrays import as_array
-from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
+from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 
 Array = Any
-
-
-def check_single_process(call: str, comm: Any, transport: str) -> None:
-    """Refuse a communicator of several ranks, and a transport that one rank has no use for."""
-    ranks = 1 if comm is None else comm.Get_size() if hasattr(comm, "Get_size") else getattr(comm, "size", None)
-    if ranks is None:
-        raise DTypeError(complaint(call, "comm", "be a communicator or None", type(comm).__name__))
-    if ranks > 1:
-        raise UnsupportedError(
-            complaint(call, "comm", "have one rank until expert parallelism lands", f"{ranks} ranks")
-        )
-    if not isinstance(transport, str):
-        raise DTypeError(complaint(call, "transport", "be a string", type(transport).__name__))
-    if transport != "auto":
-        raise UnsupportedError(complaint(call, "transport", "be 'auto' for one rank", repr(transport)))
 
 
 def topk_of(call: str, topk: Any, num_experts: int) -> int:
@@ -64,10 +50,11 @@ def gate_of(call: str, gate: Array | Gate, num_experts: int, K: int) -> Gate:
 def expert_map_of(call: str, placement: Any, num_experts: int, E_local: int) -> Array | None:
     """Return the (num_experts,) int32 map for the global ids in `placement`; None where each expert is in its place."""
     if isinstance(placement, str):
-        if placement != "linear":
-            raise ArgumentError(complaint(call, "placement", "be 'linear' or global ids", repr(placement)))
+        if placement not in STRATEGIES:
+            rule = f"be {' or '.join(map(repr, STRATEGIES))}, or global ids"
+            raise ArgumentError(complaint(call, "placement", rule, repr(placement)))
         if num_experts != E_local:
-            rule = f"equal w1's {E_local} experts with a linear placement"
+            rule = f"equal w1's {E_local} experts with a {placement} placement"
             raise ArgumentError(complaint(call, "num_experts", rule, num_experts, "Give placement as global ids"))
         return None
     ids = [checks.integer(call, "placement", expert, 0) for expert in placement]

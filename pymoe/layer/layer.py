@@ -15,10 +15,18 @@ from pymoe.dense import Gate, SharedExperts
 from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, complaint
 from pymoe.kernel import FusedMoEKernel
-from pymoe.layer.arguments import check_single_process, expert_map_of, gate_of, routing_of, topk_of
+from pymoe.layer.arguments import gate_of, routing_of, settings_of, topk_of
 from pymoe.layer.capture import CapturedCall, captured_arrays, run_once
 from pymoe.layer.plan import Plan
 from pymoe.layer.router import LayerRouter, loads
+from pymoe.layer.together import (
+    building_from,
+    built_together,
+    called_together,
+    experts_of,
+    own_experts,
+    parallel_config,
+)
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 from pymoe.select import Refusal, select
 
@@ -46,12 +54,12 @@ class MoELayer:
         Default: softmax over all experts, top-k, renormalized.
     shared_experts : callable or SharedExperts, optional
         Maps tokens (M, K) to (M, K); y is the sum of routed and shared in float32, rounded once.
-    comm : communicator, optional
-        Of one rank for now.
-    placement : "linear" or sequence of int
-        Global id of each local expert; "linear" holds them all.
-    transport : {"auto"}
-        How ranks exchange tokens.
+    comm : mpi4py communicator, optional
+        Ranks that share out the experts; building, calls and close are then collective.
+    placement : "linear", "round_robin" or sequence of int
+        Which global experts are here, in the order of w1; "linear" gives blocks to the ranks in order.
+    transport : {"auto", "local", "host"}
+        How rows travel between ranks.
     max_num_tokens : int, optional
         Calls with more tokens are refused.
     chunk_size : int, optional
@@ -77,6 +85,7 @@ class MoELayer:
     6
     """
 
+    @built_together
     def __init__(
         self,
         w1: Array,
@@ -98,7 +107,6 @@ class MoELayer:
         batch_invariant: bool | None = None,
     ) -> None:
         call = "MoELayer"
-        check_single_process(call, comm, transport)
         config = FUSED_MOE_UNQUANTIZED_CONFIG if quant_config is None else quant_config
         checks.quant_config_type(call, config)
         self.activation = resolve_activation(call, activation, config)
@@ -110,8 +118,8 @@ class MoELayer:
         self.K = self._w2.shape[1]
         E_local, N, self.I = checks.weights(call, self._w1, self._w2, self.K, self.activation, config)
         self.quant_config = checks.quant_config(call, config, self._w1, N, self.K, self.I)
-        self.num_experts = E_local if num_experts is None else checks.integer(call, "num_experts", num_experts, 1)
-        mapping = expert_map_of(call, placement, self.num_experts, E_local)
+        shared_out = experts_of(call, self._ranks, placement, num_experts, self._w1)  # type: ignore[has-type]
+        self._ranks, self.num_experts, mapping = shared_out
         with device_of(self._w1):
             self._expert_map = None if mapping is None else namespace(self._w1).asarray(mapping)
         self.topk = topk_of(call, topk, self.num_experts)
@@ -158,8 +166,8 @@ class MoELayer:
             Global ids to load; the others map to -1 and contribute 0.
         scheme : str, optional
             Quantize the routed experts on the way, see `quantize_experts`, one expert at a time; also from codes.
-        comm : communicator, optional
-            Of one rank for now.
+        comm : mpi4py communicator, optional
+            Ranks that share out the experts by `placement`; each reads only its own.
         dtype : dtype, optional
             Computing dtype, to which floating weights are cast; default the checkpoint's.
         **options
@@ -172,27 +180,29 @@ class MoELayer:
         """
         from pymoe.checkpoint import load_layer
 
-        check_single_process("MoELayer.from_checkpoint", comm, "auto")
-        weights = load_layer(folder, layer, experts=experts, dtype=dtype, scheme=scheme)
-        settings = {
-            "gate": weights.gate,
-            "activation": weights.activation,
-            "routing": weights.routing,
-            "shared_experts": weights.shared_experts,
-            "placement": list(weights.experts),
-        }
-        built = cls(
-            weights.w1,
-            weights.w2,
-            topk=weights.topk,
-            num_experts=weights.num_experts,
-            quant_config=weights.quant_config,
-            comm=comm,
-            **(settings | options),
-        )
+        with building_from("MoELayer.from_checkpoint", comm, options) as group:
+            experts = experts if group is None else own_experts(folder, layer, experts, options, group)
+            weights = load_layer(folder, layer, experts=experts, dtype=dtype, scheme=scheme)
+            settings = {
+                "gate": weights.gate,
+                "activation": weights.activation,
+                "routing": weights.routing,
+                "shared_experts": weights.shared_experts,
+                "placement": list(weights.experts),
+            }
+            built = cls(
+                weights.w1,
+                weights.w2,
+                topk=weights.topk,
+                num_experts=weights.num_experts,
+                quant_config=weights.quant_config,
+                comm=comm,
+                **(settings | options),
+            )
         built.dtype = np.dtype(weights.dtype)
         return built
 
+    @called_together
     def __call__(
         self,
         hidden_states: Array,
@@ -254,7 +264,7 @@ class MoELayer:
             y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, target)
         # Ids on a device are counted when somebody asks; the caller's own may have changed by then.
         self._routed = ids if topk_ids is None or not is_cuda(ids) else ids.copy()
-        self._last_load = None
+        self._last_load = None if self._ranks is None else self._ranks.load()
         return as_given(y, hidden_states) if out is None else out
 
     def _run(
@@ -299,6 +309,7 @@ class MoELayer:
         names = type(kernel.prepare_finalize).__name__, type(kernel.fused_experts).__name__
         return Plan(*names, kernel.workspace_bytes(M), 0, chunks, refused)
 
+    @called_together
     def warm_up(self, M: int = 1) -> None:
         """Compile what a call with `M` tokens of `dtype` runs, by running one on zeros; `last_load` stays."""
         self._check_open("MoELayer.warm_up")
@@ -339,6 +350,9 @@ class MoELayer:
     def close(self) -> None:
         """Let go of the weights and kernels; later calls raise `ClosedError`.  May be called again."""
         with self._lock:
+            if self._ranks is not None and not self._closed:
+                self._closed = True
+                self._ranks.close("MoELayer.close")
             self._closed = True
             self._kernels.clear()
             self._w1 = self._w2 = self._routed = None
@@ -370,10 +384,11 @@ class MoELayer:
                     activation=self.activation,
                     in_dtype=dtype,
                     device=self.device,
+                    moe_parallel_config=parallel_config(self._ranks),
                     routing=self.routing,
                     has_bias=self.quant_config.w1.bias is not None or self.quant_config.w2.bias is not None,
                 )
-                choice = select(config, self.quant_config)
+                choice = select(config, self.quant_config, ranks=self._ranks)
                 kernel = FusedMoEKernel(
                     choice.prepare_finalize, choice.experts, self.shared_experts, chunk_size=self._chunk_size
                 )

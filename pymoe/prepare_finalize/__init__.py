@@ -4,11 +4,14 @@ from pymoe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from pymoe.prepare_finalize.cuda_batched import CudaBatchedPrepareAndFinalize
 from pymoe.prepare_finalize.monolithic import SingleProcessMonolithicPrepareAndFinalize
 from pymoe.prepare_finalize.single import SingleProcessAsyncPrepareAndFinalize, SingleProcessPrepareAndFinalize
+from pymoe.prepare_finalize.standard_ep import AllGatherPrepareAndFinalize, StandardEpPrepareAndFinalize
 
 __all__ = [
+    "AllGatherPrepareAndFinalize",
     "BatchedPrepareAndFinalize",
     "CudaBatchedPrepareAndFinalize",
     "SingleProcessAsyncPrepareAndFinalize",
     "SingleProcessMonolithicPrepareAndFinalize",
     "SingleProcessPrepareAndFinalize",
+    "StandardEpPrepareAndFinalize",
 ]

@@ -1,0 +1,160 @@
+"""The one interface of all transports: rows of opaque bytes go out by a plan and come back to where they came from."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pymoe.comm.plan import Counts, DispatchPlan, rank_offsets
+
+Array = Any
+DISPATCH, COMBINE = 0, 1
+"""The two ways; each has its own memory, since rows of a dispatch are still read while those of a combine arrive."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a transport can do.
+
+    Attributes
+    ----------
+    device_buffers : bool
+        Takes device memory as it is; otherwise device arrays are staged through the host.
+    stream_ordered : bool
+        Its work takes its place on a stream.
+    graph_safe : bool
+        Can be captured in a CUDA graph.
+    one_sided : bool
+        Rows are stored by the sender alone; nobody needs to make progress for them to arrive.
+    needs_host_counts : bool
+        Counts must be known on the host before rows travel.
+    zero_copy_receive : bool
+        Received rows are read where they arrived.
+    """
+
+    device_buffers: bool = False
+    stream_ordered: bool = False
+    graph_safe: bool = False
+    one_sided: bool = False
+    needs_host_counts: bool = True
+    zero_copy_receive: bool = True
+
+
+class Payload(NamedTuple):
+    """Rows to send: row i of the plan is ``rows[order[i]]``, or ``rows[i]`` where order is None; rows (n, b) uint8."""
+
+    rows: Array
+    order: Array | None = None
+
+
+class Transfer(abc.ABC):
+    """Rows under way between all ranks in one direction.
+
+    Attributes
+    ----------
+    inbox : list of ndarray, (rows received, b) uint8
+        One a payload, rows in the order of their ranks; complete when `missing` is empty.
+    """
+
+    inbox: list[Array]
+
+    @abc.abstractmethod
+    def send(self, payloads: Sequence[Payload]) -> None:
+        """Send all rows; what a payload holds may change once `unsettled` is empty."""
+
+    @abc.abstractmethod
+    def missing(self) -> list[int]:
+        """Make progress; return the ranks whose rows have not all arrived."""
+
+    @abc.abstractmethod
+    def unsettled(self) -> list[int]:
+        """Make progress; return the ranks for which something that was sent is still in this rank's memory."""
+
+    @abc.abstractmethod
+    def cancel(self, ranks: Sequence[int]) -> None:
+        """Stop waiting for rows of `ranks`, which will not send them."""
+
+
+class Transport(abc.ABC):
+    """Moves rows between the ranks of one communicator; never sees a dtype."""
+
+    name: str
+    capabilities: Capabilities
+
+    @abc.abstractmethod
+    def dispatch(self, plan: DispatchPlan, counts: Counts, payloads: Sequence[Payload]) -> Transfer:
+        """Send the rows of `plan`; the transfer's inbox has one array a payload."""
+
+    @abc.abstractmethod
+    def open_combine(self, plan: DispatchPlan, counts: Counts, width: int) -> Transfer:
+        """Get ready to receive what comes back, rows of `width` bytes; the one payload to send is in rank order."""
+
+    @abc.abstractmethod
+    def close(self, call: str, seconds: float, broken: bool) -> None:
+        """Let go of memory; collective unless broken."""
+
+
+class FlatTransport(Transport):
+    """A transport in which each rank sends to each other directly."""
+
+    @abc.abstractmethod
+    def open(self, way: int, counts: Counts, widths: Sequence[int]) -> Transfer:
+        """Return a transfer of payloads with rows of `widths` bytes, ready to receive."""
+
+    def dispatch(self, plan: DispatchPlan, counts: Counts, payloads: Sequence[Payload]) -> Transfer:
+        transfer = self.open(DISPATCH, counts, [payload.rows.shape[1] for payload in payloads])
+        transfer.send(payloads)
+        return transfer
+
+    def open_combine(self, plan: DispatchPlan, counts: Counts, width: int) -> Transfer:
+        return self.open(COMBINE, counts, [width])
+
+
+def ring(rank: int, size: int) -> list[int]:
+    """Return all ranks, this one first, then the next ones: so that not everybody starts with rank 0."""
+    return [(rank + step) % size for step in range(size)]
+
+
+def gather(rows: Array, index: Array | None, start: int, stop: int, out: Array) -> None:
+    """Write rows ``start:stop`` of a payload into `out`."""
+    if index is None:
+        np.copyto(out, rows[start:stop])
+    else:
+        # Without "clip" NumPy goes through a buffer of its own; plans hold legal indices only.
+        np.take(rows, index[start:stop], axis=0, out=out, mode="clip")
+
+
+class Arena:
+    """Memory that grows by doubling and is used again: fresh pages cost more than the copy into them."""
+
+    def __init__(self, allocate: Callable[[int], Array] = lambda size: np.empty(size, np.uint8)) -> None:
+        self._allocate = allocate
+        self._memory: dict[Any, Array] = {}
+
+    def rows(self, key: Any, n: int, width: int) -> Array:
+        """Return (n, width) uint8 of the memory `key`, with whatever it held."""
+        size = n * width
+        memory = self._memory.get(key)
+        if memory is None or len(memory) < size:
+            self._memory.pop(key, None)
+            self._memory[key] = memory = self._allocate(1 << max(size - 1, 4095).bit_length())
+        return memory[:size].reshape(n, width)
+
+
+__all__ = [
+    "COMBINE",
+    "DISPATCH",
+    "Arena",
+    "Capabilities",
+    "FlatTransport",
+    "Payload",
+    "Transfer",
+    "Transport",
+    "gather",
+    "rank_offsets",
+    "ring",
+]

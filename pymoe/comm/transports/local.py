@@ -1,0 +1,48 @@
+"""One rank: rows stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pymoe.comm.plan import Counts
+from pymoe.comm.transports.base import Arena, Capabilities, FlatTransport, Payload, Transfer, gather
+
+Array = Any
+
+
+class LocalTransport(FlatTransport):
+    """The transport of a communicator of one rank."""
+
+    name = "local"
+    capabilities = Capabilities(stream_ordered=True, one_sided=True)
+
+    def __init__(self) -> None:
+        self._arena = Arena()
+
+    def open(self, way: int, counts: Counts, widths: Sequence[int]) -> Transfer:
+        n = int(counts.receive.sum())
+        return LocalTransfer([self._arena.rows((way, number), n, width) for number, width in enumerate(widths)])
+
+    def close(self, call: str, seconds: float, broken: bool) -> None:
+        self._arena = Arena()
+
+
+class LocalTransfer(Transfer):
+    """A copy."""
+
+    def __init__(self, inbox: list[Array]) -> None:
+        self.inbox = inbox
+
+    def send(self, payloads: Sequence[Payload]) -> None:
+        for payload, inbox in zip(payloads, self.inbox, strict=True):
+            gather(payload.rows, payload.order, 0, len(inbox), inbox)
+
+    def missing(self) -> list[int]:
+        return []
+
+    def unsettled(self) -> list[int]:
+        return []
+
+    def cancel(self, ranks: Sequence[int]) -> None:
+        pass

@@ -1,0 +1,41 @@
+"""Waits that give the core away: ranks outnumber cores in tests and on shared machines."""
+
+from __future__ import annotations
+
+import os
+import time
+
+_SPIN_S = 20e-6
+"""Shorter than a thread switch (about 50 us): a peer that runs on another core answers within it."""
+_YIELD_S = 2e-3
+_NAP_S = 50e-6
+_LONG_NAP_S = 1e-3
+
+
+class Wait:
+    """One wait with a deadline; call `pause` between two looks.
+
+    Parameters
+    ----------
+    seconds : float
+        From now to the deadline.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._start = time.monotonic()
+        self.seconds = seconds
+
+    @property
+    def over(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() - self._start > self.seconds
+
+    def pause(self) -> None:
+        """Spin at first, then give the core to whoever is ready, then sleep, longer after a while."""
+        waited = time.monotonic() - self._start
+        if waited < _SPIN_S:
+            return
+        if waited < _YIELD_S:
+            os.sched_yield()
+        else:
+            time.sleep(_NAP_S if waited < 100 * _YIELD_S else _LONG_NAP_S)

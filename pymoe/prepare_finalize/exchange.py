@@ -1,0 +1,88 @@
+"""One call's way over the ranks and back, in steps that a synchronous and an asynchronous pair take alike.
+
+announce   headers and counts leave            (nobody has waited yet)
+send       counts are here; rows leave
+receive    rows are here                       -> the experts' input
+give_back  the experts' rows leave             (nobody has waited yet)
+collect    everybody's rows are here           -> rows to sum, and which are whose
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pymoe.comm import Ranks
+from pymoe.comm.header import TOKENS, Header, Kind
+from pymoe.comm.plan import Counts, DispatchPlan, check_counts
+from pymoe.comm.transports.base import Payload, Transfer
+
+Array = Any
+
+
+class Exchange:
+    """Rows of one call.
+
+    Parameters
+    ----------
+    ranks : Ranks
+    plan : DispatchPlan
+    back : ndarray, (R,)
+        Rows that each rank returns to this one.
+    payloads : sequence of Payload
+        What travels for each row of the plan.
+    width : int
+        Bytes of a row that comes back.
+    """
+
+    def __init__(self, ranks: Ranks, plan: DispatchPlan, back: Array, payloads: Sequence[Payload], width: int) -> None:
+        self.ranks, self.plan, self.payloads, self.width = ranks, plan, payloads, width
+        self.back = back
+        self._dispatch: Transfer | None = None
+        self._combine: Transfer | None = None
+
+    def announce(self, call: str, tokens: int, values: dict[str, int], names: dict[str, str]) -> None:
+        """Send headers: what all ranks must agree on, and how many rows go where."""
+        self._call = call
+        widths = {"row bytes": sum(payload.rows.shape[1] for payload in self.payloads)}
+        header = Header(Kind.CALL, tokens=tokens, values={"layer": self.ranks.number} | values | widths, names=names)
+        self.ranks.group.post(header, np.stack([self.plan.counts, self.back], axis=1))
+
+    def send(self) -> None:
+        """Wait for everybody's header, then send the rows."""
+        group = self.ranks.group
+        table, there, back = group.collect("in the count exchange")
+        check_counts(self._call, there.receive, table[:, TOKENS])
+        self.counts: Counts = there
+        self._combine_counts = back
+        with group.sending():
+            self._dispatch = group.track(group.transport.dispatch(self.plan, there, self.payloads))
+            self._combine = group.track(group.transport.open_combine(self.plan, back, self.width))
+
+    def receive(self) -> list[Array]:
+        """Wait for the rows; return one (rows, b) uint8 array a payload, in the order of their ranks."""
+        assert self._dispatch is not None
+        group = self.ranks.group
+        group.arrive(self._dispatch, "while rows are dispatched")
+        group.settle(self._dispatch, "while rows are dispatched")
+        self.payloads = ()
+        return self._dispatch.inbox
+
+    def give_back(self, rows: Array) -> None:
+        """Send the experts' rows, in the order of the ranks that they are for, and say that all went well here."""
+        assert self._combine is not None
+        raw = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), self.width)
+        with self.ranks.group.sending():
+            self._combine.send([Payload(raw)])
+        self.ranks.group.post(Header(Kind.COMBINE, tokens=1))
+
+    def collect(self) -> Array:
+        """Wait for everybody's word and rows; return the rows that came back, (rows, width) uint8."""
+        assert self._combine is not None
+        group = self.ranks.group
+        group.collect("after the experts")
+        group.arrive(self._combine, "while rows are combined")
+        group.settle(self._combine, "while rows are combined")
+        return self._combine.inbox[0]

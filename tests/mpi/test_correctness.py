@@ -1,0 +1,41 @@
+"""Every rank's rows have the bits of one process, on every transport."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from tests.mpi.launch import mpiexec, run
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
+TRANSPORTS = ("host",)
+
+
+def check(ended, least):
+    """Refuse a job that failed, found a wrong row, or ran fewer cases than it should."""
+    assert ended.status == 0, ended
+    result = json.loads(ended.out.strip().splitlines()[-1])
+    assert result["wrong"] == [], ended
+    assert result["cases"] >= least, ended
+
+
+def test_there_is_a_launcher():
+    """Without one, every test of this folder would be missed in silence."""
+    assert mpiexec() is not None and os.access(mpiexec(), os.X_OK)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 5])
+def test_one_rank_and_more(ranks):
+    check(run(ranks, "correctness", "auto", "layer", limit=240), 22)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_schemes(transport):
+    check(run(4, "correctness", transport, "layer", "schemes", limit=240), 33)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_thousand_rounds_with_jitter(transport):
+    check(run(4, "correctness", transport, "rounds", limit=240), 1)
