@@ -66,3 +66,17 @@ def expert_map_of(call: str, placement: Any, num_experts: int, E_local: int) -> 
     mapping = np.full(num_experts, -1, np.int32)
     mapping[ids] = np.arange(E_local, dtype=np.int32)
     return mapping
+
+
+def settings_of(weights: Any) -> dict[str, Any]:
+    """Return the keywords of a layer that a checkpoint's weights settle."""
+    return {
+        "topk": weights.topk,
+        "num_experts": weights.num_experts,
+        "quant_config": weights.quant_config,
+        "gate": weights.gate,
+        "activation": weights.activation,
+        "routing": weights.routing,
+        "shared_experts": weights.shared_experts,
+        "placement": list(weights.experts),
+    }

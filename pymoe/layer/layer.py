@@ -183,22 +183,7 @@ class MoELayer:
         with building_from("MoELayer.from_checkpoint", comm, options) as group:
             experts = experts if group is None else own_experts(folder, layer, experts, options, group)
             weights = load_layer(folder, layer, experts=experts, dtype=dtype, scheme=scheme)
-            settings = {
-                "gate": weights.gate,
-                "activation": weights.activation,
-                "routing": weights.routing,
-                "shared_experts": weights.shared_experts,
-                "placement": list(weights.experts),
-            }
-            built = cls(
-                weights.w1,
-                weights.w2,
-                topk=weights.topk,
-                num_experts=weights.num_experts,
-                quant_config=weights.quant_config,
-                comm=comm,
-                **(settings | options),
-            )
+            built = cls(weights.w1, weights.w2, comm=comm, **(settings_of(weights) | options))
         built.dtype = np.dtype(weights.dtype)
         return built
 

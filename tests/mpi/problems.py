@@ -58,7 +58,7 @@ class Problem:
         mapping[owned] = np.arange(len(owned))
         w1, w2 = self.w1[owned], self.w2[owned]
         config = pymoe.FusedMoEQuantConfig() if self.config is None else cut(self.config, owned)
-        config = pymoe.checks.quant_config("test", config, len(owned), w1.shape[1], w2.shape[1], w1.shape[1] // 2)
+        config = pymoe.checks.quant_config("test", config, w1, w1.shape[1], w2.shape[1], w1.shape[1] // 2)
         sizes = pymoe.FusedMoEConfig(self.num_experts, ids.shape[1], w2.shape[1], w1.shape[1] // 2, len(owned),
                                      in_dtype=x.dtype)  # fmt: skip
         kernel = pymoe.FusedMoEKernel(pymoe.SingleProcessPrepareAndFinalize(), pymoe.CpuExperts(sizes, config))
