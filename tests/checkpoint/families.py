@@ -73,9 +73,9 @@ class Made:
         return folder
 
 
-def make(family, form, *, fused=False, seed=0, size=(E, K, I), scale_dtype=np.float32, **config):
-    """Return a checkpoint with random weights of `size` (E, K, I)."""
-    rng = np.random.default_rng(seed)
+def make(family, form, *, fused=False, size=(E, K, I), shared=SHARED, scale_dtype=np.float32, **config):
+    """Return a checkpoint with random weights of `size` (E, K, I) and shared experts of the width `shared`."""
+    rng = np.random.default_rng(0)
     experts, k, width = size
     float_dtype = np.dtype(getattr(ml_dtypes, form, form)) if form in FLOATS else np.dtype(ml_dtypes.bfloat16)
     described = {"model_type": family, "num_hidden_layers": LAYER + 1, "hidden_act": "silu"} | CONFIG[family]
@@ -88,7 +88,8 @@ def make(family, form, *, fused=False, seed=0, size=(E, K, I), scale_dtype=np.fl
     )
     made = Made(family, form, w1, w2, described | config)
     writer = per_expert if family in PER_EXPERT else gpt_oss if family == "gpt_oss" else llama4
-    writer(made, rng, float_dtype, **({"fused": fused, "scale_dtype": scale_dtype} if family in PER_EXPERT else {}))
+    layout = {"fused": fused, "scale_dtype": scale_dtype} if family in PER_EXPERT else {}
+    writer(made, rng, float_dtype, shared, **layout)
     return made
 
 
@@ -107,7 +108,7 @@ def matrix(made, name, w, dtype, scale_dtype):
     return made.tensors[name].astype(np.float32) * spread
 
 
-def per_expert(made, rng, dtype, fused, scale_dtype):
+def per_expert(made, rng, dtype, shared, fused, scale_dtype):
     """Add the tensors of a family that names its experts one by one."""
     block, parts = PER_EXPERT[made.family]
     prefix = f"model.layers.{LAYER}.{'mlp' if fused else block}"
@@ -125,16 +126,16 @@ def per_expert(made, rng, dtype, fused, scale_dtype):
             stored = (made.w1[e, : n // 2], made.w1[e, n // 2 :], made.w2[e])
             for part, w in zip(parts, stored, strict=True):
                 w[...] = matrix(made, f"{prefix}.experts.{e}.{part}.weight", w, dtype, scale_dtype)
-    shared = {"qwen2_moe": "shared_expert", "deepseek_v3": "shared_experts"}.get(made.family)
-    if shared:
-        for part, shape in zip(parts, ((SHARED, k), (SHARED, k), (k, SHARED)), strict=True):
+    name = {"qwen2_moe": "shared_expert", "deepseek_v3": "shared_experts"}.get(made.family)
+    if name:
+        for part, shape in zip(parts, ((shared, k), (shared, k), (k, shared)), strict=True):
             w = rng.standard_normal(shape).astype(np.float32) / 8
-            matrix(made, f"{prefix}.{shared}.{part}.weight", w, dtype, scale_dtype)
+            matrix(made, f"{prefix}.{name}.{part}.weight", w, dtype, scale_dtype)
     if made.family == "qwen2_moe":
         made.tensors[f"{prefix}.shared_expert_gate.weight"] = rng.standard_normal((1, k)).astype(dtype)
 
 
-def gpt_oss(made, rng, dtype):
+def gpt_oss(made, rng, dtype, shared):
     """Add interleaved gate and up, biases, transposed floats or packed codes."""
     prefix = f"model.layers.{LAYER}.mlp"
     experts, n, k = made.w1.shape
@@ -153,12 +154,12 @@ def gpt_oss(made, rng, dtype):
             w[...] = w.astype(dtype).astype(np.float32)
 
 
-def llama4(made, rng, dtype):
+def llama4(made, rng, dtype, shared):
     """Add transposed experts and the shared one."""
     prefix = f"{'language_model.' if made.family == 'llama4' else ''}model.layers.{LAYER}.feed_forward"
     experts, _, k = made.w1.shape
-    shapes = {"router.weight": (experts, k), "shared_expert.gate_proj.weight": (SHARED, k),
-              "shared_expert.up_proj.weight": (SHARED, k), "shared_expert.down_proj.weight": (k, SHARED)}  # fmt: skip
+    shapes = {"router.weight": (experts, k), "shared_expert.gate_proj.weight": (shared, k),
+              "shared_expert.up_proj.weight": (shared, k), "shared_expert.down_proj.weight": (k, shared)}  # fmt: skip
     made.tensors |= {f"{prefix}.{n}": (rng.standard_normal(s) / 8).astype(dtype) for n, s in shapes.items()}
     for part, w in (("gate_up_proj", made.w1), ("down_proj", made.w2)):
         made.tensors[f"{prefix}.experts.{part}"] = np.ascontiguousarray(w.swapaxes(1, 2)).astype(dtype)
