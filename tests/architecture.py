@@ -23,13 +23,13 @@ READERS = {"environ", "environb", "getenv", "getenvb"}
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
 BANNED = {"top_k", "num_topk", "hidden_dim", "hidden_size", "d_model", "num_local_experts", "tmp2", "data", "info"}
 
-# Signatures that api.md or vLLM's modular kernel binds; their parameter names are theirs as well.
+# Signatures that api.md, vLLM or an agreement between stages binds; their parameter names are theirs as well.
 BOUND = {
     "fused_experts", "select_experts", "fused_moe", "MoELayer.__init__", "MoELayer.__call__",
     "MoELayer.from_checkpoint", "FusedMoEKernel.apply", "FusedMoEKernel.apply_as", "FusedMoEKernel.apply_monolithic",
     "FusedMoEQuantConfig.make", "routing_config", "workspace_shapes", "apply", "prepare", "prepare_async", "finalize",
     "finalize_async", "_allocate_buffers", "_fused_experts", "_finalize", "moe_align_block_size",
-    "batched_moe_align_block_size", "_kernel_for_call",
+    "batched_moe_align_block_size", "_kernel_for_call", "grouped_gemm",
 }  # fmt: skip
 SEED_NAMES = {"hidden_dim", "num_local_experts", "top_k"}
 SEED_FILES = ("pymoe/config.py", "pymoe/contracts/", "pymoe/kernel/", "pymoe/prepare_finalize/", "pymoe/experts/",

@@ -11,7 +11,7 @@ from pymoe.codec.e8m0 import decode_e8m0
 from pymoe.codec.fp4 import unpack_nibbles
 from pymoe.codec.fp8 import decode_e4m3
 from pymoe.codec.weights import WeightOperand, code_table
-from pymoe.device.arrays import HIDDEN_DTYPES, as_float32, as_numpy
+from pymoe.device.arrays import HIDDEN_DTYPES, as_float32, as_numpy, is_cuda
 from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.ops.grouped_gemm import _numpy
@@ -42,7 +42,8 @@ def grouped_gemm(
     Parameters
     ----------
     a : ndarray, (rows, K)
-        float32, float16 or bfloat16, or codes under `a_key` with `a_scale`.
+        float32, float16 or bfloat16, or codes under `a_key` with `a_scale`.  A CuPy array computes on its device; the
+        other arrays must be there too.
     w : WeightOperand
         (E, N, K) with its scales and bias; row = output feature.
     expert_offsets : ndarray, (E + 1,), integer
@@ -55,8 +56,8 @@ def grouped_gemm(
         How `a` is quantized; None where it is floats.
     out : ndarray, (P, N) float32, C-contiguous, optional
         Written and returned.
-    backend : {"numpy", "numba"}, optional
-        None is "numba".
+    backend : {"numpy", "numba", "cuda"}, optional
+        None is "numba" for NumPy arrays and "cuda" for CuPy arrays, which have no other.
 
     Returns
     -------
@@ -77,6 +78,10 @@ def grouped_gemm(
     ------
     vLLM 0.33.0 ``fused_moe_kernel``; differs: no padding of rows, float32 result.
     """
+    if is_cuda(a):
+        from pymoe.ops.grouped_gemm import _cuda
+
+        return _cuda.multiply_sorted(a, w, expert_offsets, gather, a_scale, a_key, out, backend)
     numba = uses_numba(_CALL, backend)
     a = as_numpy(_CALL, "a", a)
     E, N = w.codes.shape[:2]

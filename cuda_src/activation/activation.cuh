@@ -1,0 +1,90 @@
+// What stands between GEMM1 and GEMM2, in float32: the formulas of docs/numerics in their order of operations.
+#pragma once
+
+#include "common/types.cuh"
+
+namespace pymoe {
+
+// Members of pymoe.MoEActivation by formula: SILU covers SWIGLUOAI in both layouts, which differ by parameters only.
+enum class Activation : int32 {
+    kSilu,
+    kSwigluStep,
+    kGelu,
+    kGeluTanh,
+    kSitu,
+    kSiluNoMul,
+    kGeluNoMul,
+    kGeluTanhNoMul,
+    kRelu2NoMul
+};
+
+// Where gate and up lie in a row of GEMM1: nowhere (not gated), in halves, or alternating.
+enum class GateLayout : int32 { kPlain, kHalves, kInterleaved };
+
+// `limit` is infinity where there is none; situ_linear_beta is at most 0 where up is taken as it is.
+struct ActivationParameters {
+    Activation kind;
+    GateLayout layout;
+    float limit, alpha, beta, situ_beta, situ_linear_beta;
+};
+
+// NaN passes both limits.
+__device__ __forceinline__ float limit_above(float x, float limit) { return x > limit ? limit : x; }
+__device__ __forceinline__ float limit_both(float x, float limit) { return x < -limit ? -limit : limit_above(x, limit); }
+
+// A division, so that g survives exactly where the exponential vanishes against 1.
+__device__ __forceinline__ float silu(float g, float alpha) { return g / (1.0f + expf(-alpha * g)); }
+
+__device__ __forceinline__ float gelu(float g) { return 0.5f * g * erfcf(-0.70710678118654752440f * g); }
+
+// The sigmoid of 2 z instead of (1 + tanh z) / 2, which cancels for negative g.
+__device__ __forceinline__ float gelu_tanh(float g) {
+    const float inner = __fadd_rn(g, __fmul_rn(0.044715f, __fmul_rn(__fmul_rn(g, g), g)));
+    return g / (1.0f + expf(-1.59576912160573071176f * inner));
+}
+
+__device__ __forceinline__ float relu2(float g) {
+    const float positive = g < 0.0f ? 0.0f : g;
+    return positive * positive;
+}
+
+// By way of double: the 2 ulp of tanhf, twice in a product, would pass the 4 ulp between backends.
+__device__ __forceinline__ float exact_tanh(float x) { return static_cast<float>(tanh(static_cast<double>(x))); }
+
+__device__ __forceinline__ float situ(float g, float u, const ActivationParameters& p) {
+    if (p.situ_linear_beta > 0.0f) u = p.situ_linear_beta * exact_tanh(u / p.situ_linear_beta);
+    return p.situ_beta * exact_tanh(g / p.situ_beta) / (1.0f + expf(-g)) * u;
+}
+
+// SiLU of gate times up with its parameters: the common case, kept small enough to unroll.
+__device__ __forceinline__ float swiglu(float g, float u, const ActivationParameters& p) {
+    return silu(limit_above(g, p.limit), p.alpha) * (limit_both(u, p.limit) + p.beta);
+}
+
+// Any activation; `u` is not read by those that are not gated.
+__device__ __forceinline__ float activate(float g, float u, const ActivationParameters& p) {
+    switch (p.kind) {
+        case Activation::kSilu: return swiglu(g, u, p);
+        case Activation::kSwigluStep: return limit_above(silu(g, 1.0f), p.limit) * limit_both(u, p.limit);
+        case Activation::kGelu: return gelu(g) * u;
+        case Activation::kGeluTanh: return gelu_tanh(g) * u;
+        case Activation::kSitu: return situ(g, u, p);
+        case Activation::kSiluNoMul: return silu(g, 1.0f);
+        case Activation::kGeluNoMul: return gelu(g);
+        case Activation::kGeluTanhNoMul: return gelu_tanh(g);
+        case Activation::kRelu2NoMul: return relu2(g);
+    }
+    return 0.0f;
+}
+
+// The same as a call: nine formulas inlined four times over would be most of a GEMM's code.
+__device__ __noinline__ float activate_apart(float g, float u, Activation kind, float limit, float situ_beta,
+                                             float situ_linear_beta) {
+    return activate(g, u, {kind, GateLayout::kPlain, limit, 1.0f, 0.0f, situ_beta, situ_linear_beta});
+}
+
+__device__ __forceinline__ float activate_apart(float g, float u, const ActivationParameters& p) {
+    return activate_apart(g, u, p.kind, p.limit, p.situ_beta, p.situ_linear_beta);
+}
+
+}  // namespace pymoe

@@ -1,0 +1,111 @@
+// From sums in shared memory to rows of the answer: scales, bias, activation, one rounding, coalesced stores.
+#pragma once
+
+#include "grouped_gemm/arguments.cuh"
+
+namespace pymoe {
+
+// Floats between two rows of sums in shared memory: a warp's fragments then touch every bank once.
+__host__ __device__ constexpr int sums_pitch(int columns) { return columns + 8; }
+
+// The factor and the bias of one weight row.
+struct ColumnTerms {
+    float scale, bias;
+};
+
+__device__ __forceinline__ ColumnTerms column_terms(const GemmArguments& p, int32 expert, int32 n) {
+    const int64 at = static_cast<int64>(expert) * p.N + n;
+    const bool inside = n < p.N;
+    return {p.row_scale && inside ? p.row_scale[at] : 1.0f, p.bias && inside ? p.bias[at] : 0.0f};
+}
+
+__device__ __forceinline__ float row_factor(const GemmArguments& p, int32 source) {
+    if (p.a_scale_kind == RowScale::kOne) return static_cast<const float*>(p.a_scale)[0];
+    return p.a_scale_kind == RowScale::kRow ? static_cast<const float*>(p.a_scale)[source] : 1.0f;
+}
+
+// First the row's scale, then the weight's, then the bias, each rounded by itself.
+__device__ __forceinline__ float finish_sum(float sum, float row_scale, ColumnTerms column) {
+    return __fadd_rn(__fmul_rn(__fmul_rn(sum, row_scale), column.scale), column.bias);
+}
+
+__device__ __forceinline__ void store_four(const GemmArguments& p, int32 row, int32 column, const float (&y)[4]) {
+    const int64 at = static_cast<int64>(row) * p.width + column;
+    if (p.vector_store) {
+        write_four(p.out, at, p.out_format, y);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (column + i < p.width) write_element(p.out, at + i, p.out_format, y[i]);
+    }
+}
+
+// GEMM2, and every GEMM without activation.  A thread keeps its four columns and takes every so-manieth row.
+template <int kColumns, int kThreads>
+__device__ __forceinline__ void store_plain(const GemmArguments& p, const BlockTile& tile, const float* sums,
+                                            const int32* sources) {
+    constexpr int kQuads = kColumns / 4, kStep = kThreads / kQuads;
+    const int32 quad = threadIdx.x % kQuads, column = tile.column_tile * kColumns + 4 * quad;
+    if (column >= p.width) return;
+    ColumnTerms terms[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) terms[i] = column_terms(p, tile.expert, column + i);
+    for (int32 r = threadIdx.x / kQuads; r < tile.rows; r += kStep) {
+        const float scale = row_factor(p, sources[r]);
+        const float4 sum = *reinterpret_cast<const float4*>(sums + r * sums_pitch(kColumns) + 4 * quad);
+        const float y[4] = {finish_sum(sum.x, scale, terms[0]), finish_sum(sum.y, scale, terms[1]),
+                            finish_sum(sum.z, scale, terms[2]), finish_sum(sum.w, scale, terms[3])};
+        store_four(p, tile.first_row + r, column, y);
+    }
+}
+
+// GEMM1 with its activation.
+template <int kColumns, int kThreads>
+__device__ __forceinline__ void store_activated(const GemmArguments& p, const BlockTile& tile, const float* sums,
+                                                const int32* sources) {
+    const ActivationParameters act = p.activation;
+    const bool gated = act.layout != GateLayout::kPlain;
+    const int32 columns = gated ? kColumns / 2 : kColumns, quads = columns / 4, step = kThreads / quads;
+    const int32 quad = threadIdx.x % quads, column = tile.column_tile * columns + 4 * quad;
+    if (column >= p.width) return;
+    const int32 stride = act.layout == GateLayout::kInterleaved ? 2 : 1;
+    const int32 to_up = act.layout == GateLayout::kInterleaved ? 1 : kColumns / 2;
+    ColumnTerms gate_terms[4], up_terms[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int32 n = (column + i) * stride;
+        gate_terms[i] = column_terms(p, tile.expert, n);
+        up_terms[i] = column_terms(p, tile.expert, act.layout == GateLayout::kInterleaved ? n + 1 : n + p.width);
+    }
+    for (int32 r = threadIdx.x / quads; r < tile.rows; r += step) {
+        const float scale = row_factor(p, sources[r]);
+        const float* row = sums + r * sums_pitch(kColumns) + 4 * quad * stride;
+        float g[4], u[4], y[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            g[i] = finish_sum(row[i * stride], scale, gate_terms[i]);
+            u[i] = gated ? finish_sum(row[i * stride + to_up], scale, up_terms[i]) : 0.0f;
+        }
+        if (act.kind == Activation::kSilu) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) y[i] = swiglu(g[i], u[i], act);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) y[i] = activate_apart(g[i], u[i], act);
+        }
+        store_four(p, tile.first_row + r, column, y);
+    }
+}
+
+// `sources` is the row of `a` of each row of the tile.
+template <int kColumns, int kThreads>
+__device__ __forceinline__ void store_tile(const GemmArguments& p, const BlockTile& tile, const float* sums,
+                                           const int32* sources) {
+    if (p.activated) {
+        store_activated<kColumns, kThreads>(p, tile, sums, sources);
+    } else {
+        store_plain<kColumns, kThreads>(p, tile, sums, sources);
+    }
+}
+
+}  // namespace pymoe

@@ -1,0 +1,260 @@
+"""Grouped GEMM on CuPy arrays: one launch, sizes from shapes, live rows and tiles on the device.
+
+Nothing here waits for the device: a work list says which rows of which expert a block multiplies, and the grid covers
+the longest list that the shapes allow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pymoe.activations import ActivationConfig
+from pymoe.codec.weights import WeightOperand
+from pymoe.device.arch import current_arch
+from pymoe.device.arrays import BFLOAT16, namespace
+from pymoe.device.enumerators import FORMATS, NO_ACTIVATION, SCALES, activation_fields
+from pymoe.device.jit import KernelId
+from pymoe.device.launch import LaunchPlan
+from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
+from pymoe.ops.grouped_gemm import _cuda_arguments as arguments
+from pymoe.ops.grouped_gemm._cuda_instances import Instance, Operands, all_instances, choose, choose_tile_rows
+from pymoe.quantization import QuantKey
+
+__all__ = ["TileList", "choose_tile_rows", "grouped_gemm", "kernels", "list_tiles", "multiply_sorted", "tile_capacity"]
+
+Array = Any
+
+_CALL = "grouped_gemm"
+_FLOATS = {np.dtype("float32"): "F32", np.dtype("float16"): "FP16", BFLOAT16: "BF16"}
+_CODES = {"fp8": "E4M3", "int8": "S8", "uint8b128": "U8", "uint8": "U8", "uint4b8": "U4", "uint4": "U4", "fp4": "E2M1"}
+_LIST_TILES = LaunchPlan(KernelId("grouped_gemm/list_tiles.cu", "pymoe::list_tiles_kernel"), (1, 1, 1), (1024, 1, 1))
+
+
+class TileList(NamedTuple):
+    """The work list: `tiles` (capacity, 4) int32 {expert, first row, rows, 0}, `tile_count` (1,) of them live."""
+
+    tiles: Array
+    tile_count: Array
+    tile_rows: int
+
+
+def kernels(arch: str) -> tuple[KernelId, ...]:
+    """Return every kernel this module can launch on `arch`."""
+    return (_LIST_TILES.kernel, *(instance.kernel for instance in all_instances(arch)))
+
+
+def tile_capacity(rows: int, experts: int, tile_rows: int) -> int:
+    """Return the length of the longest work list of `rows` rows of `experts` experts."""
+    return min(rows, experts) + rows // tile_rows
+
+
+def list_tiles(expert_offsets: Array, rows: int, tile_rows: int) -> TileList:
+    """Return the work list of rows sorted by expert: those of expert e are ``expert_offsets[e]:expert_offsets[e + 1]``.
+
+    Parameters
+    ----------
+    expert_offsets : cupy.ndarray, (E + 1,), int32
+    rows : int
+        At least ``expert_offsets[-1]``, which stays on the device.
+    tile_rows : int
+    """
+    cupy, experts = namespace(expert_offsets), expert_offsets.shape[0] - 1
+    tiles = cupy.empty((tile_capacity(rows, experts, tile_rows), 4), np.int32)
+    tile_count = cupy.empty(1, np.int32)
+    numbers = (np.int32(number) for number in (experts, tile_rows, tiles.shape[0]))
+    _LIST_TILES(expert_offsets, *numbers, tiles, tile_count)
+    return TileList(tiles, tile_count, tile_rows)
+
+
+def multiply_sorted(
+    a: Array,
+    w: WeightOperand,
+    expert_offsets: Any,
+    gather: Array | None,
+    a_scale: Array | None,
+    a_key: QuantKey | None,
+    out: Array | None,
+    backend: str | None,
+) -> Array:
+    """Do what `pymoe.ops.grouped_gemm` says on CuPy arrays of any strides; `expert_offsets` may be on the host."""
+    if backend not in (None, "cuda"):
+        raise ArgumentError(complaint(_CALL, "backend", "be cuda or None for CuPy arrays", repr(backend)))
+    cupy, (E, N) = namespace(a), w.codes.shape[:2]
+    offsets = cupy.ascontiguousarray(cupy.asarray(expert_offsets), np.int32)
+    if offsets.shape != (E + 1,):
+        raise ShapeError(complaint(_CALL, "expert_offsets", f"have shape {(E + 1,)}", offsets.shape))
+    P = a.shape[0] if gather is None else gather.shape[0]
+    if out is None:
+        out = cupy.empty((P, N), np.float32)
+    elif out.shape != (P, N) or out.dtype != np.float32 or not out.flags.c_contiguous:
+        got = f"{out.dtype} {out.shape}"
+        raise ShapeError(complaint(_CALL, "out", f"be C-contiguous float32 of shape {(P, N)}", got))
+    tiles = list_tiles(offsets, P, choose_tile_rows(P, 1, E))
+    gather = None if gather is None else cupy.ascontiguousarray(gather, np.int32)
+    w = replace(w, codes=cupy.ascontiguousarray(w.codes))
+    scale = None if a_scale is None else cupy.ascontiguousarray(a_scale)
+    return grouped_gemm(cupy.ascontiguousarray(a), w, tiles, gather=gather, a_scale=scale, a_key=a_key, out=out)
+
+
+def grouped_gemm(
+    a: Array,
+    w: WeightOperand,
+    rows: Any,
+    *,
+    gather: Array | None = None,
+    gather_div: int = 1,
+    a_scale: Array | None = None,
+    a_key: QuantKey | None = None,
+    activation: ActivationConfig | None = None,
+    out: Array,
+) -> Array:
+    """Multiply rows grouped by expert with that expert's weights; optionally apply GEMM1's activation.
+
+    Parameters
+    ----------
+    a : cupy.ndarray, (rows, K)
+        float32, float16 or bfloat16, or one-byte codes under `a_key` with `a_scale`.
+    w : WeightOperand
+        Of CuPy arrays, C-contiguous.
+    rows : TileList or DeviceRowMap
+        `tiles`, `tile_count` and `tile_rows` of the work list.
+    gather : cupy.ndarray, (P,), int32, optional
+        Row r of the answer reads row ``gather[r] // gather_div`` of `a`; None: row r.
+    a_scale : cupy.ndarray, optional
+        (1,) for all rows, (rows, 1) a row, or (rows, groups) along k.
+    activation : ActivationConfig, optional
+        Applied to sums with their scales and bias; halves the width if gated.
+    out : cupy.ndarray, (P, width), float32, float16 or bfloat16
+        Written in the rows that the work list names, and returned; one rounding.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, UnsupportedError
+        Arguments that do not fit each other; nothing has been launched.
+    """
+    E, N = w.codes.shape[:2]
+    width = N if activation is None else activation.width(N)
+    operands, a_fields = _operands(a, w, a_key, a_scale)
+    _check_output(out, width, w, (E, N))
+    if out.shape[0] == 0 or width == 0 or rows.tiles.shape[0] == 0 or E == 0:
+        return out
+    instance = choose(operands, rows.tile_rows, current_arch())
+    fields = NO_ACTIVATION if activation is None else activation_fields(_CALL, activation)
+    columns = instance.columns // 2 if fields[1] == 1 and activation is not None else instance.columns
+    column_tiles = -(-(width if columns < instance.columns else N) // columns)
+    a, codes = _aligned(a), _aligned(w.codes)
+    sizes = arguments.Sizes(
+        operands.K, N, width, rows.tiles.shape[0], column_tiles, gather_div,
+        *_group_sizes(w, operands, a_key), _stores_four(out, width), int(activation is not None), *a_fields,
+        SCALES[operands.scale], FORMATS[operands.a], FORMATS[operands.b],
+        FORMATS[_FLOATS[out.dtype]],
+    )  # fmt: skip
+    pointers = arguments.Pointers(
+        a.data.ptr, codes.data.ptr, out.data.ptr, rows.tiles.data.ptr, rows.tile_count.data.ptr, _pointer(gather),
+        _pointer(a_scale), _pointer(w.group_scale), _pointer(w.row_scale), _pointer(w.bias), _pointer(w.zp),
+    )  # fmt: skip
+    _plan(instance, sizes.capacity * column_tiles)(arguments.pack(pointers, sizes, fields))
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _plan(instance: Instance, blocks: int) -> LaunchPlan:
+    if blocks >= 2**31:
+        raise UnsupportedError(complaint(_CALL, "a", "need fewer than 2^31 blocks", blocks, "Use a smaller chunk_size"))
+    return LaunchPlan(instance.kernel, (blocks, 1, 1), (instance.threads, 1, 1), instance.shared_bytes)
+
+
+def _operands(
+    a: Array, w: WeightOperand, key: QuantKey | None, scale: Array | None
+) -> tuple[Operands, tuple[int, int]]:
+    """Return what decides the kernel, and the kind and format of the activations' scales; checks both operands."""
+    per_byte = 2 if key is not None and key.is_packed else 1
+    if a.ndim != 2 or a.shape[1] * per_byte != w.K:
+        raise ShapeError(complaint(_CALL, "a", f"have shape (any, {w.K // per_byte})", a.shape))
+    b = _format("w.codes", w.codes, w.key)
+    group = 0 if w.group_scale is None else w.block[1]
+    weight_scale = "F32" if w.group_scale is None else _scale_format("w.group_scale", w.group_scale, w.key)
+    kind, scale_format, a_groups = "none", "F32", False
+    if key is not None:
+        if scale is None:
+            raise ArgumentError(complaint(_CALL, "a_scale", f"be given for {key.name}", None))
+        kind, scale_format = _row_scale(a, w, key, scale)
+        a_groups = kind == "group"
+    found = Operands(_format("a", a, key), b, w.K, group, a_groups, weight_scale)
+    return found, (arguments.ROW_SCALES[kind], SCALES[scale_format])
+
+
+def _format(argument: str, x: Array, key: QuantKey | None) -> str:
+    """Return the name of the operand's format, checked against its dtype."""
+    if not x.flags.c_contiguous:
+        raise ArgumentError(complaint(_CALL, argument, "be C-contiguous", f"strides {x.strides}"))
+    if key is None:
+        if x.dtype not in _FLOATS:
+            raise DTypeError(complaint(_CALL, argument, "be float32, float16 or bfloat16 without a key", x.dtype))
+        return _FLOATS[x.dtype]
+    if x.dtype not in (np.uint8, np.int8):
+        raise DTypeError(complaint(_CALL, argument, f"hold one-byte codes of {key.name}", x.dtype))
+    return _CODES[key.dtype]
+
+
+def _scale_format(argument: str, scale: Array, key: QuantKey | None) -> str:
+    if scale.dtype == np.float32:
+        return "F32"
+    if scale.dtype != np.uint8 or key is None:
+        raise DTypeError(complaint(_CALL, argument, "be float32 or uint8", scale.dtype))
+    return "E4M3" if key.scale.dtype == "fp8" else "E8M0"
+
+
+def _row_scale(a: Array, w: WeightOperand, key: QuantKey, scale: Array) -> tuple[str, str]:
+    """Return the kind and the format of the activations' scales."""
+    extent = key.scale.group_shape.col
+    if extent > 1:
+        groups = -(-w.K // extent)
+        if scale.shape != (a.shape[0], groups):
+            raise ShapeError(complaint(_CALL, "a_scale", f"have shape {(a.shape[0], groups)}", scale.shape))
+        if w.group_scale is None or w.block[1] != extent:
+            rule = f"share groups of {extent} columns with the weights"
+            raise ArgumentError(complaint(_CALL, "a_key", rule, key.name))
+        return "group", _scale_format("a_scale", scale, key)
+    if scale.dtype != np.float32:
+        raise DTypeError(complaint(_CALL, "a_scale", "be float32", scale.dtype))
+    if scale.size not in (1, a.shape[0]):
+        raise ShapeError(complaint(_CALL, "a_scale", f"hold 1 or {a.shape[0]} scales", scale.shape))
+    return ("one" if scale.size == 1 else "row"), "F32"
+
+
+def _check_output(out: Array, width: int, w: WeightOperand, lines: tuple[int, int]) -> None:
+    if out.ndim != 2 or out.shape[1] != width or not out.flags.c_contiguous or out.dtype not in _FLOATS:
+        rule = f"be C-contiguous float32, float16 or bfloat16 of shape (any, {width})"
+        raise ShapeError(complaint(_CALL, "out", rule, f"{out.dtype} {out.shape}"))
+    for name, x in (("w.bias", w.bias), ("w.row_scale", w.row_scale)):
+        if x is not None and (x.shape != lines or x.dtype != np.float32 or not x.flags.c_contiguous):
+            raise ShapeError(
+                complaint(_CALL, name, f"be C-contiguous float32 of shape {lines}", f"{x.dtype} {x.shape}")
+            )
+
+
+def _group_sizes(w: WeightOperand, operands: Operands, key: QuantKey | None) -> tuple[int, int, int, float, int]:
+    """Return group, groups, rows that share a scale, 1 / group, and whether scales enter before the sum."""
+    if w.group_scale is None:
+        return operands.K or 1, 1, 1, 1.0, 0
+    blocks = operands.a_groups and key is not None and key.dtype in ("fp8", "int8")
+    blocks = blocks and operands.a == operands.b and w.block[0] > 1
+    return w.block[1], w.group_scale.shape[2], w.block[0], 1 / w.block[1], int(not blocks)
+
+
+def _stores_four(out: Array, width: int) -> int:
+    return int(width % 4 == 0 and out.data.ptr % 16 == 0)
+
+
+def _aligned(x: Array) -> Array:
+    """Return `x`, or a copy of it where its first element does not lie at a multiple of 16 bytes."""
+    return x if x.data.ptr % 16 == 0 else x.copy()
+
+
+def _pointer(x: Array | None) -> int:
+    return 0 if x is None else x.data.ptr

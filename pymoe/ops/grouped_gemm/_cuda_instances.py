@@ -1,0 +1,174 @@
+"""Which kernel multiplies which pair of formats, in which tiles: decided by formats, shapes and the architecture alone.
+
+`choose` is the one place that picks a strategy; a path for one architecture is one more candidate there.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from pymoe.device.arch import limits
+from pymoe.device.jit import KernelId
+
+__all__ = ["BITS", "TILE_ROWS", "Instance", "Operands", "all_instances", "choose", "choose_tile_rows"]
+
+TILE_ROWS = (16, 64, 128)
+"""Rows of a tile, one of which a work list is made for."""
+
+BITS = {"F32": 32, "BF16": 16, "FP16": 16, "E4M3": 8, "S8": 8, "U8": 8, "U4": 4, "E2M1": 4}
+"""Formats by their names in `cuda_src/common/convert.cuh`, with the bits of an element."""
+
+_SHARED_BYTES = 103 * 1024
+"""Of a block at most: two of them fit the 228 KB of an sm_90."""
+
+_MOST_COLUMNS = 1 << 22
+"""K up to which the tensor-core kernels find the group of a column by a float32 product."""
+
+
+class Operands(NamedTuple):
+    """What decides which kernel can multiply: formats, K, and where scales change along k.
+
+    `group` is 0 where no scale does; `a_groups` says whether activations have such scales too; `scale` is their format
+    (F32, E8M0 or E4M3) on the weights' side.
+    """
+
+    a: str
+    b: str
+    K: int
+    group: int = 0
+    a_groups: bool = False
+    scale: str = "F32"
+
+
+class Instance(NamedTuple):
+    """A compiled kernel and what launching it takes."""
+
+    kernel: KernelId
+    rows: int
+    columns: int
+    threads: int
+    shared_bytes: int
+    native: bool
+    """Whether tensor cores multiply the codes themselves, or floats as they are."""
+
+
+class _Pair(NamedTuple):
+    """Template arguments that formats and scales decide."""
+
+    a: str
+    b: str
+    scaling: str
+    span: int
+
+
+_FLOATS = ("BF16", "FP16")
+_PAIRS = (
+    *(_Pair(a, a, "None", 32) for a in _FLOATS),
+    *(_Pair(a, "E4M3", "None", 32) for a in _FLOATS),
+    *(_Pair(a, b, "Sums", 32) for a in _FLOATS for b in ("E4M3", "U8", "U4")),
+    *(_Pair("BF16", b, "Fold", 32) for b in ("E4M3", "E2M1")),
+    _Pair("FP16", "E2M1", "Sums", 32),
+    *(_Pair(a, "E2M1", "Fold", 16) for a in _FLOATS),
+    *(_Pair(a, a, scaling, span) for a in ("E4M3", "S8") for scaling, span in (("None", 32), ("Blocks", 128))),
+    *(_Pair(a, b, "Blocks", 32) for a, b in (("E4M3", "E4M3"), ("S8", "S8"), ("E4M3", "E2M1"), ("E2M1", "E2M1"))),
+    _Pair("E2M1", "E2M1", "Blocks", 16),
+)
+
+
+def choose_tile_rows(M: int, topk: int, E_local: int, num_experts: int | None = None) -> int:
+    """Return the rows of a tile for M tokens with `topk` slots each, from shapes only.
+
+    Parameters
+    ----------
+    M, topk : int
+    E_local : int
+        Experts here.
+    num_experts : int, optional
+        Experts everywhere, over which the slots are spread; default `E_local`.
+    """
+    experts = max(E_local if num_experts is None else num_experts, 1)
+    rows = M * topk / min(experts, max(M * topk, 1))
+    # Weights are read once a tile: small tiles while they all fit one expert's rows, large ones for reuse.
+    return 16 if rows <= 24 else 64 if rows <= 96 else 128
+
+
+def choose(operands: Operands, tile_rows: int, arch: str) -> Instance:
+    """Return the kernel for these operands.
+
+    Tensor cores where rows of both operands are whole pieces of 16 bytes and groups whole steps; else float32
+    multiply-adds, which take everything.
+    """
+    pair = _pair(operands)
+    whole = all(operands.K * BITS[side] % 128 == 0 for side in (operands.a, operands.b))
+    if pair is None or not whole or operands.K > _MOST_COLUMNS:
+        return _simt(operands.a == operands.b == "F32", tile_rows)
+    return _tensor(pair, tile_rows, limits(arch).shared_bytes, arch)
+
+
+def all_instances(arch: str) -> tuple[Instance, ...]:
+    """Return every instance that `choose` can answer for `arch`."""
+    shared = limits(arch).shared_bytes
+    tensor = [_tensor(pair, rows, shared, arch) for pair in _PAIRS for rows in TILE_ROWS]
+    simt = [_simt(plain, rows) for plain in (False, True) for rows in TILE_ROWS]
+    return (*tensor, *simt)
+
+
+def _pair(operands: Operands) -> _Pair | None:
+    """Return the pair of `_PAIRS` that computes these operands, None where none does."""
+    a, b, group = operands.a, operands.b, operands.group
+    if a in _FLOATS and b in ("U8", "U4"):
+        pair = _Pair(a, b, "Sums", 32) if group % 32 == 0 or group >= operands.K else None
+    elif not group:
+        pair = _Pair(a, b, "None", 32)
+    elif operands.a_groups:
+        span = 128 if group % 128 == 0 and a == b and a in ("E4M3", "S8") else min(group, 32)
+        pair = _Pair(a, b, "Blocks", span) if group % span == 0 else None
+    elif operands.scale == "E4M3":
+        pair = _Pair(a, b, "Fold", 16) if group == 16 else None
+    elif operands.scale == "E8M0" and a == "BF16" and group == 32:
+        pair = _Pair(a, b, "Fold", 32)  # powers of two change the exponent only
+    else:
+        pair = _Pair(a, b, "Sums", 32) if group % 32 == 0 else None
+    return pair if pair in _PAIRS else None
+
+
+@lru_cache(maxsize=16)
+def _simt(plain: bool, rows: int) -> Instance:
+    kernel = KernelId("grouped_gemm/simt.cu", f"pymoe::grouped_gemm_simt_kernel<{str(not plain).lower()}, {rows}>")
+    return Instance(kernel, rows, 64, 256, 0, plain)
+
+
+@lru_cache(maxsize=256)
+def _tensor(pair: _Pair, rows: int, shared_limit: int, arch: str) -> Instance:
+    wide = BITS[pair.a] == 16
+    columns = 64 if rows == 16 and BITS[pair.b] > 4 else 128
+    # A stage holds 64 to 128 bytes of a weight row, and fewer where two-byte activations would fill it.
+    depth = 64 if wide and (rows > 16 or BITS[pair.b] == 16) else 128
+    scaled = pair.scaling in ("Sums", "Blocks")
+    warps = (1, 4) if rows == 16 else (2, 4) if rows == 128 and scaled else (2, 2)
+    limit = min(_SHARED_BYTES, shared_limit)
+    if _shared_bytes(pair, rows, columns, depth, 3) > limit:
+        columns = 64
+    stages = max(s for s in (3, 4) if s == 3 or _shared_bytes(pair, rows, columns, depth, s) <= min(limit, 99 * 1024))
+    numbers = (pair.span, rows, columns, depth, stages, *warps)
+    formats = f"pymoe::Format::k{pair.a}, pymoe::Format::k{pair.b}, pymoe::Scaling::k{pair.scaling}"
+    expression = f"pymoe::grouped_gemm_kernel<{formats}, {', '.join(map(str, numbers))}>"
+    native = pair.a == pair.b and (wide or pair.a == "S8" or (pair.a == "E4M3" and arch in ("sm_89", "sm_120")))
+    return Instance(
+        KernelId("grouped_gemm/grouped_gemm.cu", expression), rows, columns, 32 * warps[0] * warps[1],
+        _shared_bytes(pair, rows, columns, depth, stages), native,
+    )  # fmt: skip
+
+
+def _shared_bytes(pair: _Pair, rows: int, columns: int, depth: int, stages: int) -> int:
+    """Return `Instance::kSharedBytes` of `grouped_gemm.cu`."""
+    units = 1 if pair.scaling == "None" else depth // pair.span
+    words = (
+        units
+        * (columns + 8)
+        * ((pair.b in ("U8", "U4") or pair.scaling == "Fold") + (pair.scaling in ("Sums", "Blocks")))
+    )
+    words += units * (rows + 8) * (pair.scaling == "Blocks")
+    stage = (rows * BITS[pair.a] + columns * BITS[pair.b]) * depth // 8 + 4 * words
+    return max(stages * stage, 4 * rows * (columns + 8)) + 4 * (rows + columns)
