@@ -97,10 +97,14 @@ def test_random_data_agrees_with_the_cpu(scheme, dtype, biases):
     assert np.abs(y - expected).max() <= limit * np.abs(expected).max()
 
 
+PARAMETERS = {"swigluoai_uninterleave": {"clamp_limit": 1.5}, "situ": {"situ_beta": 1.25, "situ_linear_beta": 2.0}}
+
+
 @pytest.mark.parametrize("activation", [a for a in pymoe.MoEActivation if a.value != "relu2"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 def test_every_activation_agrees_with_the_cpu(activation, dtype):
-    p = problem(activation=activation, dtype=dtype, biases=True)
+    config = pymoe.ActivationConfig(activation, **PARAMETERS.get(activation.value, {}))
+    p = problem(activation=config, dtype=dtype, biases=True)
     arguments = {
         "hidden_states": p.x, "w1": p.w1, "w2": p.w2, "topk_weights": p.scale, "topk_ids": p.ids,
         "quant_config": p.quant_config, "activation": p.activation,

@@ -30,7 +30,9 @@ def layer(scheme=None, **options):
     if scheme is None:
         return pymoe.MoELayer(to_device(W1), to_device(W2), topk=TOPK, **options)
     w1, w2, config = pymoe.quantize_experts(W1.astype(np.float32), W2.astype(np.float32), scheme)
-    return pymoe.MoELayer(to_device(w1), to_device(w2), topk=TOPK, quant_config=to_device(config), **options)
+    made = pymoe.MoELayer(to_device(w1), to_device(w2), topk=TOPK, quant_config=to_device(config), **options)
+    made.dtype = BF16
+    return made
 
 
 def bits(y):
