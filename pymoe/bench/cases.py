@@ -88,10 +88,10 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) 
     return x.astype(BFLOAT16).astype(np.float32)
 
 
-def draw_weights(shape: Shape, seed: int) -> list[Weights]:
-    """Return `SETS` sets of random weights, scaled so that activations keep the size of the tokens."""
+def draw_weights(shape: Shape, seed: int, count: int = SETS) -> list[Weights]:
+    """Return `count` sets of random weights, scaled so that activations keep the size of the tokens."""
     sets = []
-    for number in range(SETS):
+    for number in range(count):
         rng = np.random.default_rng([seed, number])
         gate = _normal(rng, (shape.E, shape.K), shape.K**-0.5)
         w1 = _normal(rng, (shape.E, 2 * shape.I, shape.K), shape.K**-0.5)
@@ -108,10 +108,10 @@ class Item:
     ids: Array
 
 
-def draw_items(shape: Shape, M: int, sets: Sequence[Weights], seed: int) -> list[Item]:
-    """Return the calls that rotate: random tokens, kept only where their routing survives a rounding to bfloat16."""
+def draw_items(shape: Shape, M: int, sets: Sequence[Weights], seed: int, count: int = ITEMS) -> list[Item]:
+    """Return the `count` calls that rotate: random tokens, kept only where their routing survives a rounding to bfloat16."""
     items = []
-    for i in range(ITEMS):
+    for i in range(count):
         number = i % len(sets)
         rng = np.random.default_rng([seed, M, i])
         kept: list[Array] = []

@@ -127,15 +127,16 @@ def heading(run: dict[str, Any], started: str, rows: Sequence[Row]) -> str:
     """Return one paragraph: what was measured, where, with which versions, at which rates."""
     E, topk, K, I = rows[0].shape
     device, versions, rates = run["device"], run["versions"], run["rates"]
-    libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("pymoe", "blas"))
-    gemm = ", ".join(f"{library} {name} {rate / 1e9:.0f}" for name, by in rates["gemm"].items()
-                     for library, rate in by.items())  # fmt: skip
-    read = ", ".join(f"{int(size) / 1e6:.3g} MB at {rate / 1e9:.1f} GB/s" for size, rate in rates["read"].items())
+    features = "; ".join([f"{device['cores']} cores", " ".join(device["features"])] if "cores" in device else [])
+    threads = f"{run['threads']} threads of " if "threads" in run else ""
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "pymoe")
+    gemm = [f"{library} {name} {rate / 1e9:.0f}" for name, by in rates["gemm"].items() for library, rate in by.items()]
+    read = [f"{int(size) / 1e6:.3g} MB at {rate / 1e9:.1f} GB/s" for size, rate in rates["read"].items()]
     commit = (run["commit"] or "unknown")[:9]
     return (
-        f"E {E}, topk {topk}, K {K}, I {I}; {run['threads']} threads of {device['processor']} ({device['cores']} "
-        f"cores; {' '.join(device['features'])}); {started}, commit {commit}, load before {run['load_before']}; "
-        f"{libraries}, BLAS {versions['blas']}. Read rates: {read}. GEMM rates, GFLOP/s: {gemm}. "
+        f"E {E}, topk {topk}, K {K}, I {I}; {threads}{device['processor']}{f' ({features})' if features else ''}; "
+        f"{started}, commit {commit}, load before {run['load_before']}; {libraries}. "
+        f"Read rates: {', '.join(read)}. GEMM rates, GFLOP/s: {', '.join(gemm)}. "
         f"Largest spread between the rounds of a contender: {max(row.spread for row in rows):.2f} times."
     )
 

@@ -84,7 +84,7 @@ def test_rows_of_two_runs_never_stand_in_one_table():
 def test_the_heading_names_machine_versions_commit_and_rates():
     text = " ".join(tables(in_memory(row())).split())
     for words in ("E 32, topk 4, K 1024, I 512", "2 threads of P (2 cores; avx2)", "commit 012345678", "numpy 2",
-                  "BLAS b 1", "1 MB at 20.0 GB/s", "numpy fp32 100", "load before 0.0", "1.10 times"):  # fmt: skip
+                  "blas b 1", "1 MB at 20.0 GB/s", "numpy fp32 100", "load before 0.0", "1.10 times"):  # fmt: skip
         assert words in text
     assert "Measured by `python -m pymoe bench`." in tables(in_memory(row()), markdown=True)
 
