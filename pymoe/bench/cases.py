@@ -109,7 +109,7 @@ class Item:
 
 
 def draw_items(shape: Shape, M: int, sets: Sequence[Weights], seed: int, count: int = ITEMS) -> list[Item]:
-    """Return the `count` calls that rotate: random tokens, kept only where their routing survives a rounding to bfloat16."""
+    """Return the `count` calls that rotate: random tokens, kept where their routing survives a rounding to bfloat16."""
     items = []
     for i in range(count):
         number = i % len(sets)
