@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -169,6 +170,15 @@ def test_K1_an_entry_planted_in_a_folder_of_others_is_not_loaded(cache, compilat
     assert len(compilations) == 2
 
 
+def test_K1_a_folder_of_another_user_is_refused(cache, compilations, monkeypatch, caplog):
+    compile_kernel(PROBE, "sm_90a")
+    forget(monkeypatch)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with caplog.at_level(logging.WARNING, logger="pymoe"):
+        compile_kernel(PROBE, "sm_90a")
+    assert "is not a folder of this user alone" in caplog.text and len(compilations) == 2
+
+
 def test_J3_no_home_folder(tmp_path):
     """HOME is missing and the user is not in the list of users."""
     code = "import os.path; os.path.expanduser = lambda path: path\n" + CODE
@@ -315,6 +325,7 @@ def test_a_fork_compiles_for_itself(cache, compilations):
     jit._lock.acquire()
     child = os.fork()
     if child == 0:
+        signal.alarm(30)  # a child that waits for its parent's thread ends all the same
         status = 1
         try:
             status = 0 if compile_kernel(PROBE, "sm_80").cubin else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import threading
 
 import numpy as np
@@ -285,6 +286,7 @@ def test_H10_a_fork_of_a_process_that_used_cuda_is_told_so(cuda):
     one(out, np.float32(1), np.int64(4))
     child = os.fork()
     if child == 0:
+        signal.alarm(30)
         status = 1
         try:
             one(out, np.float32(2), np.int64(4))

@@ -199,21 +199,21 @@ def test_streams_that_come_and_go_do_not_pile_up_but_graphs_keep_theirs(memory):
 def test_one_caller_at_a_time(memory):
     """Two threads on one stream: the second waits until the first has queued all its launches."""
     many = streams(memory, [1])
-    inside, faults = [], []
+    tried, entered, order = threading.Event(), threading.Event(), []
 
-    def work():
-        for _ in range(200):
-            with many.current() as workspace:
-                inside.append(1)
-                if len(inside) != 1:
-                    faults.append(len(inside))
-                workspace.arrays(request(10))
-                inside.pop()
+    def second():
+        tried.set()
+        with many.current() as workspace:
+            entered.set()
+            order.append(("second", workspace))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert faults == [] and len(memory.allocated) == 1
+    thread = threading.Thread(target=second)
+    with many.current() as workspace:
+        thread.start()
+        assert tried.wait(10) and not entered.wait(0.2)
+        order.append(("first", workspace))
+    thread.join(10)
+    assert order == [("first", workspace), ("second", workspace)]
 
 
 def test_a_call_from_within_its_own_call_is_refused_and_leaves_it_usable(memory):
