@@ -1,6 +1,6 @@
 """Fused Mixture-of-Experts layers on NumPy and CuPy arrays, without PyTorch."""
 
-from pymoe import ops
+from pymoe import ep_model, ops
 from pymoe._version import __version__
 from pymoe.activations import ActivationConfig, MoEActivation, register_activation
 from pymoe.comm import abort_on_error
@@ -134,6 +134,7 @@ __all__ = [
     "abort_on_error",
     "checked",
     "dequantize",
+    "ep_model",
     "fused_experts",
     "fused_moe",
     "get_routing_method_type",
