@@ -15,16 +15,20 @@ from hypothesis import strategies as st
 
 from pymoe.environment import checked
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
-from pymoe.ops.permute import (
-    batched_moe_align_block_size,
-    count_expert_num_tokens,
-    moe_align_block_size,
-    permute,
-    permute_rows,
-)
+from pymoe.ops.permute import batched_moe_align_block_size
+from pymoe.ops.permute import count_expert_num_tokens as count_stage
+from pymoe.ops.permute import moe_align_block_size as align_stage
+from pymoe.ops.permute import permute as permute_stage
+from pymoe.ops.permute import permute_rows as rows_stage
+from tests.ops.devices import BACKENDS, DEVICES, HOST, ON_DEVICE, staged
 
-BACKENDS = ("numpy", "numba")
+permute, count_expert_num_tokens, moe_align_block_size = map(staged, (permute_stage, count_stage, align_stage))
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+def permute_rows(x, row_map, backend=None):
+    """On a device the rows have room for all slots; those of the map are compared."""
+    return staged(rows_stage)(x, row_map, backend=backend)[: row_map.P]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -73,7 +77,7 @@ def check(topk_ids, E_local, expert_map=None, backend=None):
     row_map = permute(topk_ids, E_local, expert_map=expert_map, backend=backend)
     expected = plain_permute(topk_ids, E_local, expert_map)
     assert_same_map(row_map, expected)
-    counts = count_expert_num_tokens(topk_ids, E_local, expert_map)
+    counts = count_expert_num_tokens(topk_ids, E_local, expert_map, backend=backend)
     assert counts.dtype == np.int32
     assert counts.tolist() == np.diff(expected[0]).tolist()
 
@@ -195,6 +199,7 @@ def test_B21_counts_equal_a_bincount():
     assert np.array_equal(count_expert_num_tokens(ids, 40), np.bincount(ids.reshape(-1), minlength=40))
 
 
+@pytest.mark.parametrize("backend", HOST)
 def test_D3_rows_beyond_2_to_the_31_elements(sparse, backend):
     M = 2**31 // 4096 + 3
     x = sparse((M, 4096))
@@ -234,7 +239,7 @@ def test_property_backends_agree_with_the_loop(data):
     E, M, topk = (data.draw(st.integers(lo, hi)) for lo, hi in ((0, 6), (0, 9), (1, 4)))
     ids = np.array(data.draw(st.lists(st.integers(-3, 9), min_size=M * topk, max_size=M * topk)), np.int64)
     mapping = data.draw(st.none() | st.lists(st.integers(-1, E - 1), max_size=8).map(lambda m: np.array(m, np.int32)))
-    for backend in BACKENDS:
+    for backend in HOST:
         check(ids.reshape(M, topk), E, mapping, backend)
 
 
@@ -283,9 +288,13 @@ def test_permute_rows_refuses_another_number_of_tokens():
     ],
 )
 @pytest.mark.parametrize("call", [permute, count_expert_num_tokens])
-def test_bad_arguments_are_named(call, ids, E_local, expert_map, error, text):
+@pytest.mark.parametrize("backend", [None, *DEVICES])
+def test_bad_arguments_are_named(call, ids, E_local, expert_map, error, text, backend):
+    if backend in ON_DEVICE and not isinstance(ids, np.ndarray):
+        pytest.skip("a list is refused before it is known where the others are")
+    checked(True)  # else a map in device memory is not looked at
     with pytest.raises(error) as caught:
-        call(ids, E_local, expert_map=expert_map)
+        call(ids, E_local, expert_map=expert_map, backend=backend)
     assert str(caught.value).startswith(f"{call.__name__}: {text}")
 
 
@@ -335,13 +344,14 @@ def plain_align(topk_ids, block, E, expert_map=None, pad=False, ignore=False):
 @pytest.mark.parametrize("with_map", [False, True])
 @pytest.mark.parametrize("block", [1, 4, 16])
 @pytest.mark.parametrize("M, topk, E", [(0, 2, 4), (1, 2, 8), (3, 2, 6), (40, 3, 5), (7, 4, 4), (5, 1, 1)])
-def test_align_against_plain_loop(M, topk, E, block, with_map, pad, ignore):
+@pytest.mark.parametrize("backend", [None, *DEVICES])
+def test_align_against_plain_loop(M, topk, E, block, with_map, pad, ignore, backend):
     rng = np.random.default_rng([M, E, block])
     ids = rng.integers(-1, E + 1, (M, topk)).astype(np.int32)
     expert_map = rng.permutation(np.r_[np.arange((E + 1) // 2), np.full(E // 2, -1)]).astype(np.int32)
     expert_map = expert_map if with_map else None
     scatter = ignore or not with_map
-    got = moe_align_block_size(ids, block, E, expert_map, pad, ignore, return_scatter_idx=scatter)
+    got = moe_align_block_size(ids, block, E, expert_map, pad, ignore, return_scatter_idx=scatter, backend=backend)
     want = plain_align(ids, block, E, expert_map, pad, ignore)
     for array, expected in zip(got, want, strict=False):
         assert array.dtype == np.int32

@@ -9,14 +9,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pymoe import dequantize, quantize
-from pymoe.ops.quantize import _matrices, dequantize_activations, quantize_activations
+import pymoe
+from pymoe.ops.quantize import _matrices
+from pymoe.ops.quantize import dequantize_activations as dequantize_stage
+from pymoe.ops.quantize import quantize_activations as quantize_stage
 from pymoe.quantization import QUANT_KEYS, FusedMoEQuantConfig
 from pymoe.quantization.keys import make_key
 from tests.codec import definitions
 from tests.codec.definitions import F, fp8, int8
 from tests.codec.keys import FORMS, NVFP4, SEED, by_groups, expected, nibble_rows, same_bits, special_rows, unpacked
+from tests.ops import devices
 
+quantize, dequantize, quantize_activations, dequantize_activations = map(
+    devices.staged, (pymoe.quantize, pymoe.dequantize, quantize_stage, dequantize_stage)
+)
 BF16 = ml_dtypes.bfloat16
 
 
@@ -24,11 +30,14 @@ def test_every_key_has_a_second_definition():
     assert {*FORMS, *NVFP4} == set(QUANT_KEYS)
 
 
-@pytest.fixture(params=["numpy", "numba"])
+@pytest.fixture(params=devices.BACKENDS)
 def backend(request, monkeypatch):
     """Every call of the test takes this backend."""
-    kernels = _matrices.kernels
-    monkeypatch.setattr(_matrices, "kernels", lambda _: kernels(request.param))
+    if request.param in devices.ON_DEVICE:
+        monkeypatch.setattr(devices, "current", request.param)
+    else:
+        kernels = _matrices.kernels
+        monkeypatch.setattr(_matrices, "kernels", lambda _: kernels(request.param))
     return request.param
 
 

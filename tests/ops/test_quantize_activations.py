@@ -7,20 +7,30 @@ import numpy as np
 import pytest
 
 import pymoe
-from pymoe import dequantize, environment, quantize
-from pymoe.ops.quantize import _matrices, dequantize_activations, quantize_activations
+from pymoe import environment
+from pymoe.ops.quantize import _matrices
+from pymoe.ops.quantize import dequantize_activations as dequantize_stage
+from pymoe.ops.quantize import quantize_activations as quantize_stage
 from pymoe.quantization import QUANT_KEYS, FusedMoEQuantConfig
 from tests.codec import definitions
 from tests.codec.keys import SEED, special_rows
+from tests.ops import devices
+
+quantize, dequantize, quantize_activations, dequantize_activations = map(
+    devices.staged, (pymoe.quantize, pymoe.dequantize, quantize_stage, dequantize_stage)
+)
 
 BF16 = ml_dtypes.bfloat16
 
 
-@pytest.fixture(params=["numpy", "numba"])
+@pytest.fixture(params=devices.BACKENDS)
 def backend(request, monkeypatch):
     """Every call of the test takes this backend."""
-    kernels = _matrices.kernels
-    monkeypatch.setattr(_matrices, "kernels", lambda _: kernels(request.param))
+    if request.param in devices.ON_DEVICE:
+        monkeypatch.setattr(devices, "current", request.param)
+    else:
+        kernels = _matrices.kernels
+        monkeypatch.setattr(_matrices, "kernels", lambda _: kernels(request.param))
     return request.param
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from pymoe.config import RoutingConfig
-from pymoe.ops.route import route
+from pymoe.ops.route import route as stage
+from tests.ops.devices import BACKENDS, staged
+
+route = staged(stage)
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-BACKENDS = ("numpy", "numba")
 
 # name: (RoutingConfig arguments, oracle arguments); "bias" and "group*" are filled in by `case`.
 METHODS = {

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from pymoe.config import RoutingConfig
-from pymoe.ops.route import _scores, route
+from pymoe.ops.route import _scores
+from pymoe.ops.route import route as stage
+from tests.ops.devices import DEVICES, staged
+
+route = staged(stage)
+FAST = [("numba", None), *(pytest.param((p.values[0],), marks=p.marks, id=p.values[0]) for p in DEVICES)]
+"""Backends that have the definition's bits."""
 
 BIAS = np.random.default_rng(9).normal(0, 0.2, 2048).astype(np.float32)
 
@@ -36,9 +42,9 @@ def configs(E, topk):
         yield RoutingConfig(topk, num_expert_group=4, topk_group=2, routing_method="DeepSeekV3")
 
 
-def assert_same_bits(logits, config):
+def assert_same_bits(logits, config, backends=("numba", None)):
     want_weights, want_ids = route(logits, config, backend="numpy")
-    for backend in ("numba", None):
+    for backend in backends:
         weights, ids = route(logits, config, backend=backend)
         np.testing.assert_array_equal(ids, want_ids)
         np.testing.assert_array_equal(weights.view(np.uint32), want_weights.view(np.uint32))
@@ -46,7 +52,8 @@ def assert_same_bits(logits, config):
 
 @pytest.mark.parametrize("kind", ["normal", "wide", "ties", "any_bits"])
 @pytest.mark.parametrize(("E", "topk"), [(1, 1), (5, 3), (8, 2), (16, 16), (33, 8), (64, 6), (256, 8), (512, 100)])
-def test_numba_has_the_bits_of_numpy(E, topk, kind):
+@pytest.mark.parametrize("backends", FAST)
+def test_fast_backends_have_the_bits_of_numpy(E, topk, kind, backends):
     rng = np.random.default_rng(E)
     logits = rng.normal(0, 3, (40, E)).astype(np.float32)
     if kind == "wide":
@@ -58,13 +65,14 @@ def test_numba_has_the_bits_of_numpy(E, topk, kind):
         logits[::3, :: max(1, E // 3)] = rng.choice(np.float32([np.nan, np.inf, -np.inf, -0.0]), 1)
         logits[1 % len(logits)] = -np.inf
     for config in configs(E, topk):
-        assert_same_bits(logits, config)
+        assert_same_bits(logits, config, backends)
 
 
-def test_numba_has_the_bits_of_numpy_for_2048_experts():
+@pytest.mark.parametrize("backends", FAST)
+def test_fast_backends_have_the_bits_of_numpy_for_2048_experts(backends):
     logits = np.random.default_rng(3).normal(0, 3, (5, 2048)).astype(np.float32)
     for config in configs(2048, 22):
-        assert_same_bits(logits, config)
+        assert_same_bits(logits, config, backends)
 
 
 def test_numba_has_the_bits_of_numpy_over_many_blocks():

@@ -12,9 +12,11 @@ import pytest
 
 from pymoe.config import RoutingConfig, RoutingMethodType
 from pymoe.errors import ArgumentError
-from pymoe.ops.route import route
+from pymoe.ops.route import route as stage
+from tests.ops.devices import BACKENDS, staged
 
-BACKENDS = ("numpy", "numba")
+route = staged(stage)
+
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 

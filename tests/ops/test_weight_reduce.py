@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 from pymoe.errors import ArgumentError, DTypeError, ShapeError
-from pymoe.ops.weight_reduce import weight_reduce
+from pymoe.ops.weight_reduce import weight_reduce as stage
+from tests.ops.devices import BACKENDS, HOST, staged
+
+weight_reduce = staged(stage)
 
 BF16 = ml_dtypes.bfloat16
 DTYPES = ("float32", "float16", BF16)
 
 
-@pytest.fixture(params=("numpy", "numba"))
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
 
@@ -114,6 +117,7 @@ def test_bits_do_not_depend_on_threads(threads, monkeypatch, backend):
     assert np.array_equal(bits(weight_reduce(slots, weights, ids, backend=backend)), bits(expected))
 
 
+@pytest.mark.parametrize("backend", HOST)
 def test_D4_slots_beyond_2_to_the_31_elements(sparse, backend):
     topk, K = 2**31 // 4096 // 64, 4096
     slots = sparse((66, topk, K))

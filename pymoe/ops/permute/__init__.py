@@ -11,7 +11,7 @@ from pymoe.contracts import DeviceRowMap, RowMap
 from pymoe.device.arrays import as_array, is_cuda, namespace
 from pymoe.device.backend import uses_numba
 from pymoe.environment import is_checked
-from pymoe.errors import DTypeError, ShapeError, complaint
+from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.ops.permute import _numpy
 from pymoe.ops.permute.align import batched_moe_align_block_size, moe_align_block_size
 
@@ -28,7 +28,7 @@ Array = Any
 
 def permute(
     topk_ids: Array, E_local: int, *, expert_map: Array | None = None, tile_rows: int = 64, backend: str | None = None
-) -> RowMap | DeviceRowMap:
+) -> Any:
     """Sort the routed slots by local expert; no row is moved.
 
     Stage: prepare -> **permute** -> GEMM1.
@@ -120,6 +120,9 @@ def permute_rows(x: Array, row_map: RowMap | DeviceRowMap, *, backend: str | Non
     """
     x = as_array("permute_rows", "x", x)
     checks.shape("permute_rows", "x", x, (row_map.slot_to_row.shape[0], None))
+    if is_cuda(x) != isinstance(row_map, DeviceRowMap):
+        rule = "be on the device of row_map" if isinstance(row_map, DeviceRowMap) else "be in host memory as row_map is"
+        raise ArgumentError(complaint("permute_rows", "x", rule, type(x).__name__))
     if isinstance(row_map, DeviceRowMap):
         from pymoe.ops.permute import _cuda
 
@@ -180,7 +183,7 @@ def _routing(call: str, topk_ids: Array, E_local: int, expert_map: Array | None)
     mapping = None if expert_map is None else as_array(call, "expert_map", expert_map)
     mapping, global_num_experts = checks.expert_map(call, mapping, -1, E_local)
     if is_checked():
-        checks.legal_ids(call, topk_ids.get() if is_cuda(topk_ids) else topk_ids, global_num_experts)
+        checks.legal_ids(call, topk_ids, global_num_experts)
     if is_cuda(topk_ids):
         topk_ids = namespace(topk_ids).ascontiguousarray(topk_ids)
         mapping = None if mapping is None else namespace(topk_ids).asarray(mapping)

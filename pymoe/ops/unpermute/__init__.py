@@ -77,7 +77,10 @@ def unpermute(
     checks.shape(call, "rows", rows, (None, None))
     checks.float_dtype(call, "rows", rows)
     on_device = is_cuda(rows)
-    if not on_device and rows.shape[0] < row_map.P:
+    if on_device == isinstance(row_map, RowMap):
+        where = "on the device of rows" if on_device else "in host memory"
+        raise ArgumentError(complaint(call, "row_map", f"be of permute {where}", type(row_map).__name__))
+    if isinstance(row_map, RowMap) and rows.shape[0] < row_map.P:
         raise ShapeError(complaint(call, "rows", f"have at least the {row_map.P} rows of row_map", rows.shape))
     shape = (row_map.slot_to_row.shape[0], rows.shape[1])
     if topk_weights is not None:
