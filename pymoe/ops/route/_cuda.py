@@ -15,6 +15,7 @@ from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
 from pymoe.device.parameters import struct
 from pymoe.errors import UnsupportedError, complaint
+from pymoe.ops.route import _cuda_gate
 from pymoe.ops.route._rule import Rule, resolve
 
 Array = Any
@@ -47,7 +48,7 @@ class DeviceRule(NamedTuple):
 
 def kernels(arch: str) -> tuple[KernelId, ...]:
     """Return every instance that can be asked for on `arch`."""
-    return tuple(_kernel(items) for items in _ITEMS)
+    return (*(_kernel(items) for items in _ITEMS), *_cuda_gate.kernels(arch))
 
 
 def _kernel(items: int) -> KernelId:
