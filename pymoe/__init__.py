@@ -52,7 +52,9 @@ from pymoe.installation import show_config
 from pymoe.kernel import FusedMoEKernel, FusedMoEKernelModularImpl, FusedMoEKernelMonolithicImpl
 from pymoe.layer import MoELayer, Plan
 from pymoe.prepare_finalize import (
+    AllGatherMonolithicPrepareAndFinalize,
     AllGatherPrepareAndFinalize,
+    BatchedEpPrepareAndFinalize,
     BatchedPrepareAndFinalize,
     CudaBatchedPrepareAndFinalize,
     SingleProcessAsyncPrepareAndFinalize,
@@ -73,9 +75,11 @@ from pymoe.weight_and_reduce import (
 __all__ = [
     *QUANT_KEYS,
     "ActivationConfig",
+    "AllGatherMonolithicPrepareAndFinalize",
     "AllGatherPrepareAndFinalize",
     "ArgumentError",
     "BackendUnavailableError",
+    "BatchedEpPrepareAndFinalize",
     "BatchedPrepareAndFinalize",
     "CudaBatchedPrepareAndFinalize",
     "CheckpointError",

@@ -12,7 +12,17 @@ from pathlib import Path
 
 from pymoe.errors import ArgumentError, complaint
 
-__all__ = ["cache_dir", "checked", "is_checked", "logger", "num_threads", "show_debug", "timeout_s", "transport"]
+__all__ = [
+    "cache_dir",
+    "checked",
+    "is_checked",
+    "logger",
+    "node_size",
+    "num_threads",
+    "show_debug",
+    "timeout_s",
+    "transport",
+]
 
 logger = logging.getLogger("pymoe")
 logger.addHandler(logging.NullHandler())
@@ -71,6 +81,17 @@ def timeout_s() -> float:
 def transport() -> str:
     """Return the transport forced by ``PYMOE_TRANSPORT``, or "auto"."""
     return os.environ.get("PYMOE_TRANSPORT", "") or "auto"
+
+
+def node_size() -> int | None:
+    """Return how many ranks ``PYMOE_NODE_SIZE`` puts on a node, or None to find out."""
+    text = os.environ.get("PYMOE_NODE_SIZE", "")
+    if not text:
+        return None
+    value = _number("PYMOE_NODE_SIZE", text)
+    if value < 1 or value != int(value):
+        raise ArgumentError(complaint("pymoe", "PYMOE_NODE_SIZE", "be a positive whole number", repr(text)))
+    return int(value)
 
 
 def show_debug() -> bool:

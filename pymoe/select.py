@@ -20,7 +20,9 @@ from pymoe.experts import (
     NumpyReferenceExperts,
 )
 from pymoe.prepare_finalize import (
+    AllGatherMonolithicPrepareAndFinalize,
     AllGatherPrepareAndFinalize,
+    BatchedEpPrepareAndFinalize,
     BatchedPrepareAndFinalize,
     CudaBatchedPrepareAndFinalize,
     SingleProcessMonolithicPrepareAndFinalize,
@@ -116,9 +118,7 @@ def _build(
     """Return prepare/finalize of the chosen experts' kind and format, and the experts built for it."""
     prepare_finalize: FusedMoEPrepareAndFinalize
     if ranks is not None:
-        gathers = moe_config.moe_parallel_config.all2all_backend == "allgather_reducescatter"
-        pair = AllGatherPrepareAndFinalize if gathers else StandardEpPrepareAndFinalize
-        return pair(ranks, asynchronous=True), chosen(moe_config, quant_config)
+        return _build_ep(chosen, moe_config, quant_config, ranks)
     if chosen.activation_format() is FusedMoEActivationFormat.BatchedExperts:
         slabs = BatchedPrepareAndFinalize if moe_config.device == "cpu" else CudaBatchedPrepareAndFinalize
         prepare_finalize = slabs(moe_config.max_num_tokens, moe_config.num_local_experts)
@@ -129,3 +129,17 @@ def _build(
     else:
         prepare_finalize = SingleProcessPrepareAndFinalize()
     return prepare_finalize, chosen(moe_config, quant_config)
+
+
+def _build_ep(
+    chosen: type[FusedMoEExperts], moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, ranks: Ranks
+) -> tuple[FusedMoEPrepareAndFinalize, FusedMoEExperts]:
+    """Return the pair over several ranks."""
+    if chosen.activation_format() is FusedMoEActivationFormat.BatchedExperts:
+        batched = BatchedEpPrepareAndFinalize(ranks, moe_config.max_num_tokens, asynchronous=True)
+        return batched, chosen(moe_config, quant_config, moe_config.max_num_tokens, ranks.size)
+    if chosen.is_monolithic():
+        return AllGatherMonolithicPrepareAndFinalize(ranks), chosen(moe_config, quant_config)
+    gathers = moe_config.moe_parallel_config.all2all_backend == "allgather_reducescatter"
+    pair = AllGatherPrepareAndFinalize if gathers else StandardEpPrepareAndFinalize
+    return pair(ranks, asynchronous=True), chosen(moe_config, quant_config)

@@ -7,15 +7,12 @@ from typing import Any
 from pymoe import environment
 from pymoe.comm.control import MpiControl
 from pymoe.comm.group import Group
-from pymoe.comm.header import Header, Kind
 from pymoe.comm.mpi import bounded, check_communicator, finish, load_mpi, mpi_call, mpi_lock
+from pymoe.comm.probe import TRANSPORTS, choose, forget_startup_segment
 from pymoe.comm.runner import warn_unless_guarded
-from pymoe.comm.transports.base import Transport
 from pymoe.comm.transports.host import HostTransport
 from pymoe.comm.transports.local import LocalTransport
 from pymoe.errors import ArgumentError, DTypeError, complaint
-
-TRANSPORTS = ("auto", "local", "host")
 
 _keyval: int | None = None
 
@@ -77,6 +74,7 @@ def _build(call: str, comm: Any, wanted: str) -> Group:
     if comm.Get_size() == 1:
         local = LocalTransport()
         return Group(MpiControl(comm), local, local)
+    forget_startup_segment()
     seconds = environment.timeout_s()
     with mpi_call("the communicator's duplicate"), mpi_lock():
         own, request = comm.Idup()
@@ -87,16 +85,14 @@ def _build(call: str, comm: Any, wanted: str) -> Group:
 
     def free(broken: bool) -> None:
         # Freeing is collective: with a rank that does not answer, the communicator is left to the end of the process.
+        if group.control is not control:
+            control.close(broken)
         if not broken:
             bounded(call, "the communicator's end", seconds, own.Free)
 
     group.on_close.append(free)
     try:
-        with group.guard(call, 1):
-            group.post(Header(Kind.AGREE, names={"transport": wanted}))
-            group.collect("while ranks agree on a transport")
-            chosen: Transport = host
-            group.transport = chosen
+        choose(call, group, own, wanted)
     except BaseException:
         group.close(call)
         raise

@@ -52,6 +52,7 @@ class Group:
         self.rank, self.size = control.rank, control.size
         self.layers = 0
         self.users = 0
+        self.nodes: Any = None
         self.broken: CommError | None = None
         self.on_close: list[Callable[[bool], None]] = []
         self._lock = threading.RLock()

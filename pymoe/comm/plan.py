@@ -96,6 +96,15 @@ def rows_of_tokens(token: Array, M: int) -> Array:
     return rows
 
 
+def rows_of_slots(owner: Array) -> Array:
+    """Return (M, topk) int64: each slot's row among rows that come by rank, token and slot; -1 without an owner."""
+    token, slot = np.nonzero(owner >= 0)
+    rows = np.full(owner.shape, -1, np.int64)
+    order = np.argsort(owner[token, slot], kind="stable")
+    rows[token[order], slot[order]] = np.arange(len(order))
+    return rows
+
+
 def check_counts(call: str, receive: Array, tokens: Array) -> None:
     """Refuse counts that no plan makes: negative, or more rows than their sender has tokens.
 

@@ -54,7 +54,9 @@ class RoutingExperts(FusedMoEExpertsMonolithic):
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
-        return not moe_parallel_config.use_all2all_kernels
+        # Routing needs a token's logits where its experts are: all tokens go everywhere, or none travels.
+        gathers = moe_parallel_config.all2all_backend == "allgather_reducescatter"
+        return gathers or not moe_parallel_config.use_all2all_kernels
 
     @staticmethod
     def _supports_routing_method(

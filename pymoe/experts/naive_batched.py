@@ -85,10 +85,10 @@ class NaiveBatchedExperts(CpuAbilities, FusedMoEExpertsModular):
             [np.arange(n, dtype=np.int64) + e * capacity for e, n in enumerate(counts)] or [np.empty(0, np.int64)]
         )
         if a1q_scale is not None and a1q_scale.ndim == 3:
-            a1q_scale = a1q_scale.reshape(E_local * capacity, -1)
+            a1q_scale = a1q_scale.reshape(E_local * capacity, a1q_scale.shape[2])
         weights = ExpertWeights.of(w1, w2, activation, self.quant_config, self.moe_config.in_dtype)
         rows = weights.routed_rows(
-            hidden_states.reshape(E_local * capacity, -1),
+            hidden_states.reshape(E_local * capacity, hidden_states.shape[2]),
             a1q_scale,
             offsets,
             slab_rows,
@@ -97,4 +97,4 @@ class NaiveBatchedExperts(CpuAbilities, FusedMoEExpertsModular):
             h=workspace13.reshape(-1),
         )
         output[...] = 0
-        output.reshape(E_local * capacity, -1)[slab_rows] = rows
+        output.reshape(E_local * capacity, output.shape[2])[slab_rows] = rows

@@ -57,9 +57,12 @@ class Exchange:
         check_counts(self._call, there.receive, table[:, TOKENS])
         self.counts: Counts = there
         self._combine_counts = back
+        # Both ways are opened before anything is sent: opening may be collective, and sending may fail.
+        widths = [payload.rows.shape[1] for payload in self.payloads]
+        self._dispatch = group.track(group.transport.open_dispatch(self.plan, there, widths))
+        self._combine = group.track(group.transport.open_combine(self.plan, back, self.width))
         with group.sending():
-            self._dispatch = group.track(group.transport.dispatch(self.plan, there, self.payloads))
-            self._combine = group.track(group.transport.open_combine(self.plan, back, self.width))
+            self._dispatch.send(self.payloads)
 
     def receive(self) -> list[Array]:
         """Wait for the rows; return one (rows, b) uint8 array a payload, in the order of their ranks."""

@@ -50,6 +50,25 @@ class Problem:
             y = total.astype(x.dtype)
         return np.split(y, np.cumsum([len(part) for part in self.x])[:-1])
 
+    def one_process_monolithic(self, logits):
+        """Return the declared sum of what each rank's experts, which route themselves, make of all tokens."""
+        x, logits = np.concatenate(self.x), np.concatenate(logits)
+        topk = self.ids[0].shape[1]
+        total = np.zeros(x.shape, np.float32)
+        for owned in self.owned:
+            if not len(owned):
+                continue
+            mapping = np.full(self.num_experts, -1, np.int32)
+            mapping[owned] = np.arange(len(owned))
+            w1, w2 = self.w1[owned], self.w2[owned]
+            sizes = pymoe.FusedMoEConfig(self.num_experts, topk, w2.shape[1], w1.shape[1] // 2, len(owned),
+                                         in_dtype=x.dtype, routing=pymoe.RoutingConfig(topk))  # fmt: skip
+            experts = pymoe.CpuMonolithicExperts(sizes, pymoe.FusedMoEQuantConfig())
+            kernel = pymoe.FusedMoEKernel(pymoe.SingleProcessMonolithicPrepareAndFinalize(), experts)
+            total += kernel.apply_monolithic(x, w1, w2, router_logits=logits, expert_map=mapping,
+                                             global_num_experts=self.num_experts).astype(np.float32)  # fmt: skip
+        return np.split(total.astype(x.dtype), np.cumsum([len(part) for part in self.x])[:-1])
+
     def partial(self, x, ids, weights, owned):
         """Return the float32 sums over the slots of the experts `owned`, in slot order, by one process's kernel."""
         if not len(owned):

@@ -10,7 +10,7 @@ import pytest
 from tests.mpi.launch import mpiexec, run
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
-TRANSPORTS = ("host",)
+TRANSPORTS = ("host", "shm")
 
 
 def check(ended, least):
@@ -32,8 +32,8 @@ def test_one_rank_and_more(ranks):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_schemes(transport):
-    check(run(4, "correctness", transport, "layer", "schemes", limit=240), 33)
+def test_schemes_and_formats(transport):
+    check(run(4, "correctness", transport, "layer", "schemes", "formats", limit=240), 92)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

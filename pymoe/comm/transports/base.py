@@ -86,8 +86,8 @@ class Transport(abc.ABC):
     capabilities: Capabilities
 
     @abc.abstractmethod
-    def dispatch(self, plan: DispatchPlan, counts: Counts, payloads: Sequence[Payload]) -> Transfer:
-        """Send the rows of `plan`; the transfer's inbox has one array a payload."""
+    def open_dispatch(self, plan: DispatchPlan, counts: Counts, widths: Sequence[int]) -> Transfer:
+        """Get ready to receive payloads with rows of `widths` bytes; those to send are the rows of `plan`."""
 
     @abc.abstractmethod
     def open_combine(self, plan: DispatchPlan, counts: Counts, width: int) -> Transfer:
@@ -105,10 +105,8 @@ class FlatTransport(Transport):
     def open(self, way: int, counts: Counts, widths: Sequence[int]) -> Transfer:
         """Return a transfer of payloads with rows of `widths` bytes, ready to receive."""
 
-    def dispatch(self, plan: DispatchPlan, counts: Counts, payloads: Sequence[Payload]) -> Transfer:
-        transfer = self.open(DISPATCH, counts, [payload.rows.shape[1] for payload in payloads])
-        transfer.send(payloads)
-        return transfer
+    def open_dispatch(self, plan: DispatchPlan, counts: Counts, widths: Sequence[int]) -> Transfer:
+        return self.open(DISPATCH, counts, widths)
 
     def open_combine(self, plan: DispatchPlan, counts: Counts, width: int) -> Transfer:
         return self.open(COMBINE, counts, [width])

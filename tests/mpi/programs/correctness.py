@@ -13,6 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 import pymoe
+from pymoe.comm import agree, connecting, place
 from tests.mpi.problems import problem
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -76,6 +77,59 @@ def run_layer(case, seed):
     return "; ".join(wrong)
 
 
+def format_cases():
+    """Formats and schedules, with sizes that leave ranks without tokens or experts."""
+    schedules = (False, True)
+    for kind, late in itertools.product(("standard", "allgather", "batched"), schedules):
+        for more in ({}, {"routing": "holes", "E": 10, "topk": 3}, {"routing": "duplicate", "topk": 3}, {"E": 3},
+                     {"routing": "one rank"}, {"tokens": "none"}, {"dtype": BF16, "scheme": "fp8_w8a8_block"},
+                     {"placement": "shuffled", "tokens": "last"}, {"routing": "dead"}):  # fmt: skip
+            yield {"kind": kind, "late": late} | more
+    for more in ({}, {"E": 10, "topk": 3}, {"tokens": "none"}, {"dtype": np.dtype("float16")}, {"tokens": "first"}):
+        yield {"kind": "monolithic", "late": False} | more
+
+
+def run_format(case, seed):
+    """Return what is wrong with the rows of a kernel built by hand."""
+    case = dict(case)
+    kind, late = case.pop("kind"), case.pop("late")
+    p = problem(ranks, seed=seed, **case)
+    w1, w2, config = p.experts(rank)
+    topk, K = p.ids[0].shape[1], p.w2.shape[1]
+    config = pymoe.FusedMoEQuantConfig() if config is None else config
+    monolithic, batched = kind == "monolithic", kind == "batched"
+    backend = "standard" if kind == "standard" else "allgather_reducescatter"
+    sizes = pymoe.FusedMoEConfig(
+        p.num_experts, topk, K, p.w1.shape[1] // 2, len(w1), in_dtype=p.x[rank].dtype,
+        routing=pymoe.RoutingConfig(topk) if monolithic else None, max_num_tokens=24,
+        moe_parallel_config=pymoe.FusedMoEParallelConfig.make_expert_parallel(ranks, rank, backend),
+    )  # fmt: skip
+    formats = pymoe.FusedMoEActivationFormat
+    with connecting("test", comm, transport, keep=False) as group:
+        members = place("test", group, p.owned[rank], p.num_experts, len(w1))
+        agree("test", members, {}, {})
+        group.users += 1
+    chosen = pymoe.select(sizes, config, monolithic=monolithic, ranks=members,
+                          activation_format=formats.BatchedExperts if batched else formats.Standard)  # fmt: skip
+    pair = chosen.prepare_finalize
+    if not monolithic:
+        pair._asynchronous = late
+    kernel = pymoe.FusedMoEKernel(pair, chosen.experts)
+    try:
+        if monolithic:
+            rng = np.random.default_rng(seed)
+            logits = [rng.standard_normal((len(x), p.num_experts)).astype(np.float32) for x in p.x]
+            y = kernel.apply_monolithic(p.x[rank], w1, w2, router_logits=logits[rank], expert_map=members.expert_map,
+                                        global_num_experts=p.num_experts)  # fmt: skip
+            return "" if same(y, p.one_process_monolithic(logits)[rank]) else "bits differ"
+        y = kernel.apply(p.x[rank], w1, w2, topk_weights=p.weights[rank], topk_ids=p.ids[rank],
+                         global_num_experts=p.num_experts, expert_map=members.expert_map)  # fmt: skip
+        # The batched format brings back every slot's row: it has the order, and so the bits, of one process.
+        return "" if same(y, p.one_process(rank_order=not batched)[rank]) else "bits differ"
+    finally:
+        members.close("test")
+
+
 def run_rounds(rounds, jitter):
     """Return what is wrong in many rounds of random sizes on one layer, ranks arriving at different times."""
     rng = random.Random(rank)
@@ -97,12 +151,13 @@ def run_rounds(rounds, jitter):
 
 def main():
     wrong, number = {}, 0
-    cases = {"layer": layer_cases, "schemes": scheme_cases}
+    cases = {"layer": layer_cases, "schemes": scheme_cases, "formats": format_cases}
     for group in groups:
         if group == "rounds":
             found = {"1,000 rounds with jitter": run_rounds(1000, True)}
         else:
-            found = {f"{group} {case}": run_layer(case, seed) for seed, case in enumerate(cases[group]())}
+            run = run_format if group == "formats" else run_layer
+            found = {f"{group} {case}": run(case, seed) for seed, case in enumerate(cases[group]())}
         number += len(found)
         wrong |= {name: text for name, text in found.items() if text}
     everywhere = comm.gather(wrong)

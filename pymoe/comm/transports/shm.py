@@ -1,0 +1,243 @@
+"""One node: rows are stored straight into the receiver's part of a shared window of MPI, and read where they lie.
+
+No rank makes progress for another, and no message is sent: the control's table tells where each rank's rows start at
+every receiver, and a word per rank tells that they are all there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pymoe.comm.control import Control
+from pymoe.comm.header import SEQUENCE, WORDS
+from pymoe.comm.mpi import bounded, load_mpi, mpi_lock
+from pymoe.comm.plan import Counts, counts_of
+from pymoe.comm.transports.base import Capabilities, FlatTransport, Payload, Transfer, gather, rank_offsets, ring
+from pymoe.comm.waiting import Wait
+from pymoe.errors import CommError, complaint
+
+Array = Any
+LINE = 64
+"""Bytes of a cache line: what different ranks write is never in one."""
+_FOLDER = "/dev/shm"
+
+
+class SharedWindow:
+    """Memory that all ranks of a node can read and write.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Of one node, for pymoe alone.
+    size : int
+        Bytes of each rank; collective.
+    """
+
+    def __init__(self, call: str, comm: Any, size: int, seconds: float) -> None:
+        MPI = load_mpi()
+
+        def allocate() -> Any:
+            window = MPI.Win.Allocate_shared(size, 1, MPI.INFO_NULL, comm)
+            # Stores of others are seen after MPI_Win_sync only, which is legal in such an epoch only.
+            window.Lock_all(MPI.MODE_NOCHECK)
+            return window
+
+        self._window = bounded(call, "a shared window", seconds, allocate)
+        query = self._window.Shared_query
+        self.parts = [np.frombuffer(query(rank)[0], np.uint8)[:size] for rank in range(comm.Get_size())]
+
+    def sync(self) -> None:
+        """Order this rank's loads and stores before and after, as the hardware of any machine needs it."""
+        with mpi_lock():
+            self._window.Sync()
+
+    def close(self, call: str, seconds: float, broken: bool) -> None:
+        """Free the window, collective; a broken one stays until the process ends."""
+        self.parts = []
+
+        def free() -> None:
+            self._window.Unlock_all()
+            self._window.Free()
+
+        if not broken:
+            bounded(call, "the end of a shared window", seconds, free)
+
+
+class ShmControl(Control):
+    """Headers and the whole matrix of counts in a shared window.
+
+    Parts of the window, by rank: two blocks of flag, header and counts, which take turns, then a line for each way that
+    counts finished transfers.
+    """
+
+    def __init__(self, call: str, comm: Any, seconds: float) -> None:
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        line = LINE // 8
+        header, counts = line, line + WORDS
+        block = -(-(counts + 2 * self.size) // line) * line
+        self._window = SharedWindow(call, comm, 8 * (2 * block + 3 * line), seconds)
+        words = [part.view(np.int64) for part in self._window.parts]
+        blocks = [w[: 2 * block].reshape(2, block) for w in words]
+        self._own = blocks[self.rank]
+        self._flags = [[b[turn, :1] for b in blocks] for turn in range(2)]
+        self._headers = [b[:, header:counts] for b in blocks]
+        self._counts = [b[:, counts : counts + 2 * self.size].reshape(2, self.size, 2) for b in blocks]
+        self.done = [w[2 * block : 2 * block + 2 * line : line] for w in words]
+        """Transfers that each rank has finished, by way."""
+        self.word = words[0][2 * block + 2 * line :]
+        """A few words that rank 0 alone writes."""
+        self._posted = self._current = 0
+        self.sync = self._window.sync
+
+    def post(self, words: Array, counts: Array | None = None) -> None:
+        turn = self._posted % 2
+        self._headers[self.rank][turn] = words
+        self._headers[self.rank][turn, SEQUENCE] = self._posted
+        self._counts[self.rank][turn] = 0 if counts is None else counts
+        self.sync()
+        self._posted += 1
+        self._flags[turn][self.rank][0] = self._posted
+        self.sync()
+
+    def poll(self) -> None:
+        self.sync()
+
+    def missing(self) -> list[int]:
+        due = self._current + 1
+        return [rank for rank, flag in enumerate(self._flags[self._current % 2]) if flag[0] != due]
+
+    def seen(self) -> Array:
+        found = []
+        for sequence in (self._current, self._current + 1):
+            for rank, flag in enumerate(self._flags[sequence % 2]):
+                if rank != self.rank and flag[0] == sequence + 1:
+                    found.append(self._headers[rank][sequence % 2].copy())
+        return np.array(found, np.int64).reshape(-1, WORDS)
+
+    def take(self) -> tuple[Array, Counts, Counts]:
+        self.sync()
+        turn = self._current % 2
+        table = np.stack([header[turn] for header in self._headers])
+        matrix = np.stack([counts[turn] for counts in self._counts])
+        self._current += 1
+        # matrix[s, d] holds the rows from s to d, and those that d returns to s.
+        return table, counts_of(matrix[:, :, 0], self.rank), counts_of(matrix[:, :, 1].T, self.rank)
+
+    def close(self, broken: bool) -> None:
+        self._own = self._flags = self._headers = self._counts = self.done = self.word = None  # type: ignore[assignment]
+        self._window.close("close", 60.0, broken)
+
+
+class ShmTransport(FlatTransport):
+    """Rows in a shared window; grows, with all ranks of the node, when some rank receives more than ever."""
+
+    name = "shm"
+    capabilities = Capabilities(one_sided=True)
+
+    def __init__(self, comm: Any, control: ShmControl, seconds: float) -> None:
+        self.comm, self.control, self.seconds = comm, control, seconds
+        self.rank, self.size = control.rank, control.size
+        self._windows: dict[int, SharedWindow] = {}
+        self._numbers = [0, 0]
+        self._grown = 0
+
+    def open(self, way: int, counts: Counts, widths: Sequence[int]) -> Transfer:
+        assert counts.start is not None and counts.most is not None
+        starts = [0]
+        for width in widths:
+            starts.append(starts[-1] + -(-counts.most * width // LINE) * LINE)
+        window = self._windows.get(way)
+        if window is None or len(window.parts[0]) < starts[-1]:
+            window = self._grow(way, starts[-1])
+        self._numbers[way] += 1
+        return ShmTransfer(self, way, window, counts, list(zip(starts, widths, strict=False)))
+
+    def number(self, way: int) -> int:
+        """Return how many transfers of a way have been opened."""
+        return self._numbers[way]
+
+    def _grow(self, way: int, size: int) -> SharedWindow:
+        """Replace the window of a way; all ranks come here together, since all know all counts."""
+        old = self._windows.pop(way, None)
+        if old is not None:
+            old.close("MoELayer", self.seconds, False)
+        size = 1 << max(size - 1, 65535).bit_length()
+        self._check_room(size * self.size)
+        window = self._windows[way] = SharedWindow("MoELayer", self.comm, size, self.seconds)
+        return window
+
+    def _check_room(self, size: int) -> None:
+        """Refuse, on all ranks alike, what the shared memory cannot hold: touching it would end the process."""
+        self._grown += 1
+        word, control = self.control.word, self.control
+        if self.rank == 0:
+            room = os.statvfs(_FOLDER)
+            word[1] = room.f_bavail * room.f_frsize if os.path.isdir(_FOLDER) else size
+            control.sync()
+            word[0] = self._grown
+        wait = Wait(self.seconds)
+        while word[0] != self._grown:
+            if wait.over:
+                rule = f"answer within {self.seconds:g} s"
+                raise CommError(complaint("MoELayer", "rank 0", rule, "no word about shared memory"))
+            wait.pause()
+            control.sync()
+        if int(word[1]) < size:
+            rule = f"have {size} bytes free for the rows of this call"
+            remedy = "Enlarge it, or use transport='host'"
+            raise CommError(complaint("MoELayer", _FOLDER, rule, int(word[1]), remedy))
+
+    def close(self, call: str, seconds: float, broken: bool) -> None:
+        windows, self._windows = self._windows, {}
+        for _, window in sorted(windows.items()):
+            window.close(call, seconds, broken)
+
+
+class ShmTransfer(Transfer):
+    """Stores into the receivers' parts, then one word."""
+
+    def __init__(
+        self, transport: ShmTransport, way: int, window: SharedWindow, counts: Counts, parts: list[tuple[int, int]]
+    ) -> None:
+        self._transport, self._way, self._window, self._counts = transport, way, window, counts
+        self._parts = parts
+        self._number = transport.number(way)
+        received = int(counts.receive.sum())
+        self._waits_for = [int(rank) for rank in np.flatnonzero(counts.receive)]
+        self.inbox = [self._rows(transport.rank, part, 0, received) for part in range(len(parts))]
+
+    def _rows(self, rank: int, part: int, start: int, stop: int) -> Array:
+        first, width = self._parts[part]
+        return self._window.parts[rank][first + start * width : first + stop * width].reshape(stop - start, width)
+
+    def send(self, payloads: Sequence[Payload]) -> None:
+        counts, transport = self._counts, self._transport
+        to = rank_offsets(counts.send)
+        for destination in ring(transport.rank, transport.size):
+            first, last = int(to[destination]), int(to[destination + 1])
+            if first == last:
+                continue
+            start = int(counts.start[destination])  # type: ignore[index]
+            for part, (rows, order) in enumerate(payloads):
+                gather(rows, order, first, last, self._rows(destination, part, start, start + last - first))
+        control = transport.control
+        control.sync()
+        control.done[transport.rank][self._way] = self._number
+        control.sync()
+
+    def missing(self) -> list[int]:
+        control = self._transport.control
+        control.sync()
+        self._waits_for = [rank for rank in self._waits_for if control.done[rank][self._way] < self._number]
+        control.sync()
+        return self._waits_for
+
+    def unsettled(self) -> list[int]:
+        return []
+
+    def cancel(self, ranks: Sequence[int]) -> None:
+        self._waits_for = [rank for rank in self._waits_for if rank not in ranks]
