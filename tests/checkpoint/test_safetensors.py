@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import struct
 import time
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -274,6 +276,50 @@ def test_K3_an_index_that_places_a_tensor_twice(tmp_path):
     (folder / SafetensorsFolder.INDEX).write_text('{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}')
     with pytest.raises(CheckpointError, match="the key a twice"):
         SafetensorsFolder(folder)
+
+
+COUNT = 20_000
+SWELLING = {
+    "strings": b'{"__metadata__":{' + b",".join(b'"%x":"%x"' % (i, i) for i in range(COUNT)) + b"}}",
+    "numbers": b"{" + b",".join(b'"%x":0' % i for i in range(COUNT)) + b"}",
+    "objects": b'{"a":[' + b",".join([b"{}"] * COUNT) + b"]}",
+    "arrays": b'{"a":[' + b",".join([b"[]"] * COUNT) + b"]}",
+    "small objects": b'{"a":[' + b",".join([b'{"a":{"a":[1]}}'] * COUNT) + b"]}",
+    "long integers": b'{"a":[' + b",".join([b"9" * 4000] * (COUNT // 100)) + b"]}",
+    "wide characters": b'{"__metadata__":{"a":"' + "\N{GRINNING FACE}".encode() + b"a" * 2**20 + b'"}}',
+    "wide names": b"{"
+    + b",".join(f'"{i:x}\N{GRINNING FACE}":"\N{GRINNING FACE}"'.encode() for i in range(COUNT))
+    + b"}",
+    "tensors": json.dumps({f"layers.{i}.weight": ENTRY for i in range(COUNT // 10)}).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", SWELLING)
+def test_K3_json_that_swells_in_memory(tmp_path, monkeypatch, kind):
+    """A few bytes of JSON may take hundreds in Python: what would take more than the cap is refused before parsing."""
+    text = SWELLING[kind]
+    path = write(tmp_path / "x.safetensors", {}, text=text)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(CheckpointError):
+            SafetensorsFile(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # It was parsed. With the cap at what that took beyond the bytes of the file themselves, it is not.
+    monkeypatch.setattr("pymoe.checkpoint.safetensors.MAX_JSON_MEMORY", peak - len(text))
+    with pytest.raises(CheckpointError, match="of JSON that can be parsed in"):
+        SafetensorsFile(path)
+
+
+def test_K3_the_largest_headers_of_real_models_are_parsed(tmp_path):
+    """75,000 tensors of one file, and an index of 150,000."""
+    name = "model.layers.60.mlp.experts.{}.down_proj.weight_scale_inv"
+    entry = {"dtype": "BF16", "shape": [7168, 0], "data_offsets": [0, 0]}
+    header = {name.format(i): entry for i in range(75_000)}
+    assert len(list(SafetensorsFile(write(tmp_path / "x.safetensors", {}, header)))) == 75_000
+    folder = folder_with(tmp_path, {name.format(i): "model-00100-of-00163.safetensors" for i in range(150_000)})
+    assert len(list(SafetensorsFolder(folder))) == 150_000
 
 
 def test_K3_an_index_that_is_too_long(tmp_path, monkeypatch):
