@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pymoe
-from tests import architecture
+from tests import architecture, families_table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -38,6 +38,10 @@ def test_readme_example(capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     exec(compile(code, "README.md", "exec"), {})
     assert "CpuExperts" in capsys.readouterr().out
+
+
+def test_readme_table_of_families_is_what_the_tests_cover():
+    assert families_table.written() == families_table.table(), "python -m tests.families_table"
 
 
 def test_reference_lists_every_public_name():

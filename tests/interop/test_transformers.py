@@ -10,6 +10,7 @@ import pytest
 
 from pymoe import MoELayer
 from pymoe.checkpoint import SafetensorsFolder, list_layers, load_layer
+from pymoe.cli import main
 from tests import tolerance
 from tests.checkpoint import families
 from tests.checkpoint.files import write
@@ -104,6 +105,23 @@ def test_transformers_reads_the_published_names_as_we_do(tmp_path, family, dtype
     y = layer(as_numpy(x), topk_weights=as_numpy(weights), topk_ids=as_numpy(ids))
     expected = as_numpy(run_in_float64(block, case, x, ids, weights))
     tolerance.assert_fused(y, expected, layer.K, layer.I)
+
+
+def test_the_command_line_on_a_saved_model(tmp_path, capsys):
+    """What README shows: `info` and `run` on a folder of transformers."""
+    case = models.Case("qwen3_moe")
+    model = build(case)
+    folder = save(model, tmp_path / "qwen3", "shards")
+    x = clear_tokens(block_of(model, case), case, TOKENS)
+    np.save(tmp_path / "tokens.npy", as_numpy(x))
+    assert main(["info", str(folder)]) == 0
+    assert "2 MoE layers" in capsys.readouterr().out
+    files = ["--input", str(tmp_path / "tokens.npy"), "--output", str(tmp_path / "y.npy")]
+    assert main(["run", str(folder), "--layer", "1", *files]) == 0
+    want = as_numpy(run(block_of(model, case), x))
+    tolerance.assert_frobenius(np.load(tmp_path / "y.npy"), want, 1e-5)
+    assert main(["run", str(folder), "--layer", "1", *files, "--scheme", "int8"]) == 0
+    tolerance.assert_frobenius(np.load(tmp_path / "y.npy"), want, 3e-2)
 
 
 FP8_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3")
