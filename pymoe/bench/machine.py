@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 from pymoe import environment, installation
 from pymoe._version import __version__
 
-__all__ = ["describe", "load", "same_conditions"]
+__all__ = ["blas_threads", "cores", "describe", "load", "same_conditions"]
 
 _LIBRARIES = ("numpy", "ml_dtypes", "numba", "llvmlite", "torch", "transformers", "jax", "jaxlib")
 _ROOT = Path(__file__).parents[2]
@@ -43,6 +46,23 @@ def describe() -> dict[str, Any]:
 def load() -> float:
     """Return how many processes ran or waited to run here in the last minute."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def cores() -> int:
+    """Return the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def blas_threads(threads: int) -> Iterator[int]:
+    """Hold NumPy's BLAS to `threads` and give the number that it then has; all cores where threadpoolctl is missing."""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        yield cores()
+        return
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    with threadpool_limits(threads, "blas"):
+        yield max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
 
 
 def same_conditions(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

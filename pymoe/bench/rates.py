@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pymoe.bench import machine
+
 __all__ = ["best_gemm", "measure_gemm", "measure_read"]
 
 Array = Any
@@ -53,7 +55,8 @@ def measure_gemm(side: int, seconds: float, threads: int) -> dict[str, dict[str,
     a, b = (rng.standard_normal((side, side), np.float32) for _ in range(2))
     out = np.empty_like(a)
     flops = 2 * side**3
-    rates = {"fp32": {"numpy": flops / _best(lambda: np.matmul(a, b, out=out), seconds)}}
+    with machine.blas_threads(threads):
+        rates = {"fp32": {"numpy": flops / _best(lambda: np.matmul(a, b, out=out), seconds)}}
     if importlib.util.find_spec("torch") is not None:
         import torch
 

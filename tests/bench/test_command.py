@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pymoe
-from pymoe.bench import Options, Shape, run
+from pymoe.bench import Options, Shape, contenders, machine, run
 from pymoe.bench.contenders import ours
 from pymoe.cli import main
 
@@ -154,6 +154,29 @@ def test_a_peer_that_is_not_installed_is_named_or_left_out(capsys, monkeypatch):
     assert bench("--peers", "torch") == 1
     assert "got torch: absent not installed (pip install it)" in capsys.readouterr().err
     assert Options(schemes=("fp32",)).wanted(1) == [("ours", "fp32")]
+
+
+def test_peers_that_cannot_be_held_to_the_threads_are_left_out(monkeypatch):
+    monkeypatch.setattr("pymoe.bench.contenders.registry.importlib.util.find_spec",
+                        lambda name: None if name == "threadpoolctl" else True)  # fmt: skip
+    monkeypatch.setenv("PYMOE_NUM_THREADS", "3")
+    monkeypatch.setattr("pymoe.bench.machine.cores", lambda: 3)
+    assert [contenders.importable(name) for name in ("numpy", "jax")] == ["", ""]
+    monkeypatch.setattr("pymoe.bench.machine.cores", lambda: 4)
+    assert "holds its BLAS to 3 threads" in contenders.importable("numpy")
+    assert "all 4 cores of the process, not 3" in contenders.importable("jax")
+
+
+def test_blas_has_the_threads_that_are_recorded():
+    control = pytest.importorskip("threadpoolctl")
+
+    def threads():
+        return [pool["num_threads"] for pool in control.threadpool_info() if pool["user_api"] == "blas"]
+
+    before = threads()
+    with machine.blas_threads(1) as found:
+        assert found == 1 and set(threads()) == {1}
+    assert threads() == before
 
 
 def test_a_plot_without_matplotlib_names_the_extra(capsys, monkeypatch):

@@ -89,6 +89,14 @@ def test_the_heading_names_machine_versions_commit_and_rates():
     assert "Measured by `python -m pymoe bench`." in tables(in_memory(row()), markdown=True)
 
 
+def test_the_heading_leaves_out_what_a_device_does_not_have():
+    gpu = {name: value for name, value in RUN.items() if name != "threads"} | {"device": {"processor": "G"}}
+    results = Results()
+    results.runs = {"r1": gpu}
+    results.add([row()])
+    assert "I 512; G; r1" in " ".join(tables(results).split())
+
+
 PAGE = "before\n<!-- results: r.json -->\nold\n<!-- end of results -->\nafter\n"
 
 

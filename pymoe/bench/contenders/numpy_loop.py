@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from pymoe.bench import machine
 from pymoe.bench.cases import Shape, Weights
 from pymoe.bench.contenders.contender import Contender
 
@@ -21,12 +22,8 @@ class NumpyLoop(Contender):
 
     def __init__(self, shape: Shape, sets: Sequence[Weights], threads: int) -> None:
         self._topk, self._sets = shape.topk, sets
-        self._limit: Any = None
-        self.threads = threads
-        if importlib.util.find_spec("threadpoolctl") is not None:
-            from threadpoolctl import threadpool_limits
-
-            self._limit = threadpool_limits(threads, "blas")
+        self._held = contextlib.ExitStack()
+        self.threads = self._held.enter_context(machine.blas_threads(threads))
 
     def bind(self, number: int, x: Array, variant: str = "") -> Callable[[], Any]:
         weights = self._sets[number]
@@ -36,8 +33,7 @@ class NumpyLoop(Contender):
         return result
 
     def close(self) -> None:
-        if self._limit is not None:
-            self._limit.restore_original_limits()
+        self._held.close()
 
 
 def moe(x: Array, weights: Weights, topk: int) -> Array:

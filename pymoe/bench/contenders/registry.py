@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 
 from pymoe import environment
+from pymoe.bench import machine
 from pymoe.bench.cases import Shape, Weights
 from pymoe.bench.contenders.contender import Contender
 from pymoe.bench.contenders.ours import Ours
@@ -27,8 +27,11 @@ def importable(name: str) -> str:
     missing = [module for module in PEERS[name][0] if importlib.util.find_spec(module) is None]
     if missing:
         return f"{' and '.join(missing)} not installed ({PEERS[name][2]})"
-    if name == "jax" and environment.num_threads() != _cores():
-        return f"its thread pool takes all {_cores()} cores of the process, not {environment.num_threads()}"
+    threads, cores = environment.num_threads(), machine.cores()
+    if name == "jax" and threads != cores:
+        return f"its thread pool takes all {cores} cores of the process, not {threads}"
+    if name == "numpy" and threads != cores and importlib.util.find_spec("threadpoolctl") is None:
+        return f"threadpoolctl, which holds its BLAS to {threads} threads, not installed (pip install 'pymoe[bench]')"
     return ""
 
 
@@ -48,7 +51,3 @@ def build(name: str, scheme: str, shape: Shape, sets: Sequence[Weights], quantiz
 
         return JaxRagged(shape, scheme, sets, threads)
     return Ours(shape, scheme, sets, quantized)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
