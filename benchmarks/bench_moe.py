@@ -51,7 +51,7 @@ VLLM = {
     ("mixtral", "fp8"): {1: 126.2, 16: 338, 128: 388.5, 1024: 1409, 8192: 9587},
     ("dsv3-local", "fp8"): {1: 97.9, 16: 341.8, 128: 403.5},
 }
-ERROR_LIMIT = {"bf16": 6e-3, "fp8": 4e-2, "mxfp4": 6e-3, "int4": 6e-3, "int8": 4e-2}
+ERROR_LIMIT = {"bf16": 6e-3, "fp8": 6e-2, "mxfp4": 6e-3, "int4": 6e-3, "int8": 6e-2}
 """Relative Frobenius error against the reference below, which does not requantize the intermediate."""
 
 

@@ -17,7 +17,7 @@ from pymoe.experts.routed import ExpertWeights
 from pymoe.ops.grouped_gemm import grouped_gemm
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG
 
-__all__ = ["Gate", "SharedExperts"]
+__all__ = ["Gate", "SharedExperts", "add_shared"]
 
 Array = Any
 
@@ -127,3 +127,18 @@ class SharedExperts:
         weights = self._weights.of(*self._stacked, self.activation, FUSED_MOE_UNQUANTIZED_CONFIG, x.dtype)
         chunks = [dense_rows(weights, x[i : i + _CHUNK_ROWS]) for i in range(0, max(len(x), 1), _CHUNK_ROWS)]
         return chunks[0] if len(chunks) == 1 else namespace(x).concatenate(chunks)
+
+
+def add_shared(call: str, routed: Array, beside: Any, dtype: Any, out: Array | None) -> Array:
+    """Return ``routed + beside``, summed in float32 and rounded once to `dtype`; written to `out` where one is given.
+
+    `routed` (M, K) float32 is overwritten.
+    """
+    beside = as_array(call, "the shared experts' output", beside)
+    checks.shape(call, "the shared experts' output", beside, routed.shape)
+    checks.one_device(call, **{"hidden_states": routed, "the shared experts' output": beside})
+    out = namespace(routed).empty(routed.shape, dtype) if out is None else out
+    with np.errstate(all="ignore"):
+        routed += beside.astype(np.float32)
+        out[...] = routed.astype(dtype)
+    return out

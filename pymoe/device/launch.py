@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pymoe.device import arch as archs
 from pymoe.device import toolkit
 from pymoe.device.jit import KernelId, compile_kernel, load_kernel
+from pymoe.device.tape import Recorder, current_recorder
 from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 
 __all__ = ["LaunchPlan"]
@@ -38,6 +39,8 @@ class LaunchPlan:
     programmatic : bool
         Whether the launch may overlap the end of the kernel before it (programmatic dependent launch); needs sm_90 or
         later, and a kernel that waits (`ptx::wait_for_previous`) before it reads or writes.
+    leading_pointers : int
+        How many addresses a structure that the kernel takes by value begins with.
 
     Raises
     ------
@@ -51,6 +54,7 @@ class LaunchPlan:
     shared_bytes: int = 0
     cluster: tuple[int, int, int] | None = None
     programmatic: bool = False
+    leading_pointers: int = 0
     _functions: dict[int, Callable[..., None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +92,15 @@ class LaunchPlan:
         if function is None:
             function = self._prepare(device, args)
         function(self.grid, self.block, args, self.shared_bytes)
+        recorder = current_recorder()
+        if recorder is not None:
+            self._note(recorder, function, args)
+
+    def _note(self, recorder: Recorder, function: Any, args: tuple[Any, ...]) -> None:
+        if self.cluster is not None or self.programmatic:
+            recorder.refuse()
+        else:
+            recorder.note(function, self.grid, self.block, self.shared_bytes, args, self.leading_pointers)
 
     def _prepare(self, device: int, args: tuple[Any, ...]) -> Callable[..., None]:
         """Load the kernel on the current device and check this launch against both, once."""

@@ -104,6 +104,11 @@ class Workspace:
         return sum(array.nbytes for array in held if array is not None)
 
     @property
+    def memory(self) -> object:
+        """What its arrays lie in; another object once it has grown or was released."""
+        return self._buffer
+
+    @property
     def is_captured(self) -> bool:
         """Whether a graph has seen its memory."""
         return self._captured

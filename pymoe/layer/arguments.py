@@ -16,6 +16,11 @@ from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 Array = Any
 
 
+def arrays_of(call: str, **arrays: Any) -> dict[str, Array | None]:
+    """Return the arguments as NumPy or CuPy arrays, by their names; None stays."""
+    return {label: None if x is None else as_array(call, label, x) for label, x in arrays.items()}
+
+
 def topk_of(call: str, topk: Any, num_experts: int) -> int:
     """Return topk as int, or refuse it."""
     topk = checks.integer(call, "topk", topk, 1)

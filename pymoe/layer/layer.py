@@ -11,14 +11,15 @@ import numpy as np
 from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.config import FusedMoEConfig, RoutingConfig, resolve_activation
-from pymoe.dense import Gate, SharedExperts
+from pymoe.dense import Gate, SharedExperts, add_shared
 from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, complaint
 from pymoe.kernel import FusedMoEKernel
-from pymoe.layer.arguments import gate_of, routing_of, settings_of, topk_of
+from pymoe.layer.arguments import arrays_of, gate_of, routing_of, settings_of, topk_of
 from pymoe.layer.capture import CapturedCall, captured_arrays, run_once
 from pymoe.layer.plan import Plan
 from pymoe.layer.router import LayerRouter, loads
+from pymoe.layer.tapes import Tapes
 from pymoe.layer.together import (
     building_from,
     built_together,
@@ -134,6 +135,7 @@ class MoELayer:
             self.max_num_tokens = checks.integer(call, "max_num_tokens", max_num_tokens, 1)
         self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
         self.dtype = self._w1.dtype if self._w1.dtype in HIDDEN_DTYPES else np.dtype("float32")
+        self._tapes = Tapes(self) if Tapes.suit(self) else None
         self._router: Any = LayerRouter(self.gate, self.routing, self.num_experts)
         self._kernels: dict[Any, tuple[FusedMoEKernel, tuple[Refusal, ...]]] = {}
         self._lock = threading.Lock()
@@ -226,28 +228,45 @@ class MoELayer:
         ShapeError, DTypeError, ArgumentError
             An argument is wrong; nothing has been computed.
         """
+        self._check_open("MoELayer")
+        arrays = (hidden_states, router_logits, topk_weights, topk_ids)
+        if self._tapes is not None and input_ids is None and shared_experts_input is None:
+            y = self._tapes.call(arrays, out)
+            if y is not None:
+                return y
+        return self._compute(*arrays, input_ids=input_ids, shared_experts_input=shared_experts_input, out=out)
+
+    def _compute(
+        self,
+        hidden_states: Array,
+        router_logits: Array | None,
+        topk_weights: Array | None,
+        topk_ids: Array | None,
+        *,
+        input_ids: Array | None = None,
+        shared_experts_input: Array | None = None,
+        out: Array | None = None,
+    ) -> Array:
+        """Check the arguments, route, and run the experts."""
         call = "MoELayer"
-        self._check_open(call)
         x = as_array(call, "hidden_states", hidden_states)
         checks.hidden(call, "hidden_states", x, self.K)
         checks.one_device(call, w1=self._w1, hidden_states=x)
         self._check_tokens(call, x.shape[0])
-        given = {"router_logits": router_logits, "topk_weights": topk_weights, "topk_ids": topk_ids}
-        given = {label: None if array is None else as_array(call, label, array) for label, array in given.items()}
+        given = arrays_of(call, router_logits=router_logits, topk_weights=topk_weights, topk_ids=topk_ids)
         target = None
         if out is not None:
             target = as_array(call, "out", out)
             checks.one_device(call, hidden_states=x, out=target)
             inputs = {"hidden_states": x, **given, "w1": self._w1, "w2": self._w2}
-            if shared_experts_input is not None:
-                inputs["shared_experts_input"] = as_array(call, "shared_experts_input", shared_experts_input)
+            inputs |= arrays_of(call, shared_experts_input=shared_experts_input)
             checks.output(call, target, x.shape[0], x.shape[1], x.dtype, inputs)
         if shared_experts_input is None and not isinstance(self.shared_experts, SharedExperts):
             shared_experts_input = hidden_states  # a function of the user's gets the user's own kind of array
         with device_of(x):
             weights, ids = self._router.route(call, x, **given, input_ids=input_ids)
             y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, target)
-        # Ids on a device are counted when somebody asks; the caller's own may have changed by then.
+        # Ids on a device are counted when asked for; the caller's own may have changed by then.
         self._routed = ids if topk_ids is None or not is_cuda(ids) else ids.copy()
         self._last_load = None if self._ranks is None else self._ranks.load()
         return as_given(y, hidden_states) if out is None else out
@@ -275,14 +294,7 @@ class MoELayer:
         if not shared:
             return result
         beside, routed = result
-        beside = as_array(call, "the shared experts' output", beside)
-        checks.shape(call, "the shared experts' output", beside, routed.shape)
-        checks.one_device(call, **{"hidden_states": x, "the shared experts' output": beside})
-        out = namespace(x).empty(x.shape, x.dtype) if out is None else out
-        with np.errstate(all="ignore"):
-            routed += beside.astype(np.float32)
-            out[...] = routed.astype(x.dtype)
-        return out
+        return add_shared(call, routed, beside, x.dtype, out)
 
     def plan(self, M: int) -> Plan:
         """Return what a call with `M` tokens of `dtype` does, and every candidate that was refused with its reason."""
@@ -340,7 +352,7 @@ class MoELayer:
                 self._ranks.close("MoELayer.close")
             self._closed = True
             self._kernels.clear()
-            self._w1 = self._w2 = self._routed = None
+            self._w1 = self._w2 = self._routed = self._tapes = None
             self.gate = self.shared_experts = self._router = None
 
     def __enter__(self) -> MoELayer:

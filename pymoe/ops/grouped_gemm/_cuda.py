@@ -165,7 +165,9 @@ def grouped_gemm(
 def _plan(instance: Instance, blocks: int) -> LaunchPlan:
     if blocks >= 2**31:
         raise UnsupportedError(complaint(_CALL, "a", "need fewer than 2^31 blocks", blocks, "Use a smaller chunk_size"))
-    return LaunchPlan(instance.kernel, (blocks, 1, 1), (instance.threads, 1, 1), instance.shared_bytes)
+    grid, block = (blocks, 1, 1), (instance.threads, 1, 1)
+    pointers = len(arguments.Pointers._fields)
+    return LaunchPlan(instance.kernel, grid, block, instance.shared_bytes, leading_pointers=pointers)
 
 
 def _operands(
