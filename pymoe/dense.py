@@ -48,14 +48,27 @@ class Gate:
         if self.bias is not None:
             checks.shape("Gate", "bias", self.bias, (self.weight.shape[0],))
             checks.float_dtype("Gate", "bias", self.bias)
+            checks.one_device("Gate", weight=self.weight, bias=self.bias)
+        weight = self.weight.astype(np.float32) if self.weight.dtype == np.float64 else self.weight
+        if is_cuda(weight):
+            weight = namespace(weight).ascontiguousarray(weight)
+        bias = None if self.bias is None else namespace(weight).ascontiguousarray(self.bias, dtype=np.float32)
+        self._operand = WeightOperand.unquantized(weight[None], None if bias is None else bias[None])
+        self._weight, self._bias = weight, bias
 
     def __call__(self, hidden_states: Array) -> Array:
         """Return the logits, (M, E) float32, of tokens (M, K)."""
         x = as_array("Gate", "hidden_states", hidden_states)
         checks.hidden("Gate", "hidden_states", x, self.weight.shape[1])
-        bias = None if self.bias is None else self.bias[None].astype(np.float32)
-        weight = self.weight.astype(np.float32) if self.weight.dtype == np.float64 else self.weight
-        return grouped_gemm(x, WeightOperand.unquantized(weight[None], bias), np.array([0, x.shape[0]]))
+        checks.one_device("Gate", weight=self.weight, hidden_states=x)
+        if not is_cuda(x):
+            logits = grouped_gemm(x, self._operand, np.array([0, x.shape[0]]))
+            return as_given(logits, hidden_states)
+        from pymoe.ops.route import _cuda_gate
+
+        with device_of(x):
+            logits = _cuda_gate.gate(namespace(x).ascontiguousarray(x), self._weight, self._bias)
+        return as_given(logits, hidden_states)
 
 
 class SharedExperts:

@@ -54,7 +54,7 @@ class LaunchPlan:
     shared_bytes: int = 0
     cluster: tuple[int, int, int] | None = None
     programmatic: bool = False
-    leading_pointers: int = 0
+    leading_pointers: int = field(default=0, repr=False)
     _functions: dict[int, Callable[..., None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

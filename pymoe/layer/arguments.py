@@ -21,6 +21,11 @@ def arrays_of(call: str, **arrays: Any) -> dict[str, Array | None]:
     return {label: None if x is None else as_array(call, label, x) for label, x in arrays.items()}
 
 
+def most_tokens(call: str, max_num_tokens: Any) -> int | None:
+    """Return the limit of tokens a call, or None for none."""
+    return None if max_num_tokens is None else checks.integer(call, "max_num_tokens", max_num_tokens, 1)
+
+
 def topk_of(call: str, topk: Any, num_experts: int) -> int:
     """Return topk as int, or refuse it."""
     topk = checks.integer(call, "topk", topk, 1)

@@ -15,7 +15,7 @@ from pymoe.dense import Gate, SharedExperts, add_shared
 from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, complaint
 from pymoe.kernel import FusedMoEKernel
-from pymoe.layer.arguments import arrays_of, gate_of, routing_of, settings_of, topk_of
+from pymoe.layer.arguments import arrays_of, gate_of, most_tokens, routing_of, settings_of, topk_of
 from pymoe.layer.capture import CapturedCall, captured_arrays, run_once
 from pymoe.layer.plan import Plan
 from pymoe.layer.router import LayerRouter, loads
@@ -66,7 +66,7 @@ class MoELayer:
     chunk_size : int, optional
         Tokens that the experts see at once; default 16384.
     deterministic, batch_invariant : bool, optional
-        The CPU is both, always.
+        Every backend is both, always.
 
     Raises
     ------
@@ -130,9 +130,7 @@ class MoELayer:
         if shared_experts is not None and not callable(shared_experts):
             raise DTypeError(complaint(call, "shared_experts", "be callable or None", type(shared_experts).__name__))
         self.shared_experts = shared_experts
-        self.max_num_tokens = None
-        if max_num_tokens is not None:
-            self.max_num_tokens = checks.integer(call, "max_num_tokens", max_num_tokens, 1)
+        self.max_num_tokens = most_tokens(call, max_num_tokens)
         self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
         self.dtype = self._w1.dtype if self._w1.dtype in HIDDEN_DTYPES else np.dtype("float32")
         self._tapes = Tapes(self) if Tapes.suit(self) else None
@@ -266,7 +264,7 @@ class MoELayer:
         with device_of(x):
             weights, ids = self._router.route(call, x, **given, input_ids=input_ids)
             y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, target)
-        # Ids on a device are counted when asked for; the caller's own may have changed by then.
+        # Counted when asked for; the caller's own ids may have changed by then.
         self._routed = ids if topk_ids is None or not is_cuda(ids) else ids.copy()
         self._last_load = None if self._ranks is None else self._ranks.load()
         return as_given(y, hidden_states) if out is None else out
@@ -337,7 +335,7 @@ class MoELayer:
     def last_load(self) -> Array | None:
         """Rows that each global expert computed here in the last call, (num_experts,) int64, read-only; None before.
 
-        A NumPy array; after a call on a device, asking for it waits for that call.
+        A NumPy array; asking for it after a call on a device waits for that call.
         """
         load, routed = self._last_load, self._routed
         if load is None and routed is not None:

@@ -1,0 +1,95 @@
+"""Tapes without a GPU: which words of the parameters are the caller's, and what cannot be played."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+
+from pymoe.device.tape import Recorder
+
+pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed", exc_type=ImportError)
+
+
+class Array:
+    """What a recorder reads of a CuPy array."""
+
+    def __init__(self, address, nbytes=64):
+        self.data, self.nbytes = types.SimpleNamespace(ptr=address), nbytes
+
+
+FUNCTION = types.SimpleNamespace(ptr=7)
+X, OUT, SCRATCH = Array(0x7F0000001000), Array(0x7F0000002000), Array(0x7F0000003000)
+
+
+def note(recorder, *args, leading_pointers=0):
+    recorder.note(FUNCTION, (1, 1, 1), (32, 1, 1), 0, args, leading_pointers)
+
+
+def structure(*words, tail=b"\x05\0\0\0"):
+    content = np.array(words, np.uint64).tobytes() + tail
+    return np.frombuffer(content, f"V{len(content)}")[0]
+
+
+def test_the_callers_addresses_are_patched_and_no_others():
+    recorder = Recorder([X, OUT])
+    note(recorder, OUT, SCRATCH, np.int32(5), X, 0, np.float32(1.5))
+    tape = recorder.tape()
+    (launch,) = tape._held[0]
+    assert launch.fixed == (7, 1, 1, 1, 32, 1, 1, 0)
+    assert launch.words.tolist()[:5] == [0x7F0000002000, 0x7F0000003000, 5, 0x7F0000001000, 0]
+    assert [(at, role) for _, at, role in tape._patches] == [(0, 1), (3, 0)]
+    assert launch.addresses.tolist() == [launch.words.ctypes.data + 8 * i for i in range(6)]
+
+
+def test_a_structure_is_copied_whole_and_only_its_pointers_are_looked_at():
+    recorder = Recorder([X, OUT])
+    given = structure(X.data.ptr, SCRATCH.data.ptr, OUT.data.ptr)  # the third is a number that looks like an address
+    note(recorder, given, np.int64(9), leading_pointers=2)
+    tape = recorder.tape()
+    (launch,) = tape._held[0]
+    assert launch.words[:4].tobytes()[:28] == given.tobytes() and int(launch.words[4]) == 9
+    assert [(at, role) for _, at, role in tape._patches] == [(0, 0)]
+    assert launch.addresses.tolist() == [launch.words.ctypes.data, launch.words.ctypes.data + 32]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda r: note(r, Array(X.data.ptr + 16)),
+        lambda r: (note(r, X), r.refuse()),
+        lambda r: None,
+    ],
+)
+def test_what_cannot_be_played_makes_no_tape(record):
+    recorder = Recorder([X, OUT])
+    record(recorder)
+    assert recorder.tape() is None
+
+
+def test_two_arguments_at_one_address_make_no_tape():
+    recorder = Recorder([X, Array(X.data.ptr), OUT])
+    note(recorder, X)
+    assert recorder.tape() is None
+
+
+def test_playing_writes_addresses_and_launches_in_order(monkeypatch):
+    recorder = Recorder([X, OUT])
+    note(recorder, X, SCRATCH)
+    note(recorder, SCRATCH, OUT)
+    tape = recorder.tape()
+    calls = []
+
+    def launch(*args):
+        calls.append(args)
+        return (tape._done,)
+
+    monkeypatch.setattr(tape, "_launch", launch)
+    tape.play([0x1000, 0x2000], 3)
+    launches = tape._held[0]
+    assert [args[8] for args in calls] == [3, 3] and [args[9] for args in calls] == [
+        x.addresses.ctypes.data for x in launches
+    ]
+    assert launches[0].words.tolist() == [0x1000, SCRATCH.data.ptr]
+    assert launches[1].words.tolist() == [SCRATCH.data.ptr, 0x2000]
