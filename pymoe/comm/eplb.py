@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,15 @@ class ExpertPlan:
     def slots(self) -> int:
         """Slots of one rank."""
         return self.num_physical // self.ranks
+
+    def __str__(self) -> str:
+        """Return sizes and a checksum, by which ranks tell whether they have the same plan."""
+        held = zlib.crc32(self.physical_to_logical.tobytes())
+        return f"plan of {self.num_logical} experts in {self.num_physical} slots, {held:08x}"
+
+    def layer(self, layer: int) -> ExpertPlan:
+        """Return the plan of one layer, such as `MoELayer` takes as its placement."""
+        return ExpertPlan.of(self.physical_to_logical[layer], self.num_logical, self.ranks)
 
     def experts(self, rank: int, layer: int = 0) -> Array:
         """Return the logical experts in the slots of `rank`, (slots,) int32."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
+from pymoe.comm.eplb import ExpertPlan
 from pymoe.errors import ArgumentError, DTypeError, complaint
 
 Array = Any
@@ -78,15 +79,62 @@ class Placement:
         return np.where(legal, self.owner[ids], -1), np.where(legal, self.local[ids], -1)
 
 
+@dataclass(frozen=True)
+class PlannedPlacement(Placement):
+    """Owners by a plan of redundant experts, as one rank uses it.
+
+    An expert may be on several ranks; the number of a token, counted from this rank's own, says which of them serves it
+    (`ExpertPlan.to_physical`).  `owner` and `local` are those of the first.
+
+    Attributes
+    ----------
+    plan : ExpertPlan
+        Of one layer.
+    rank : int
+        Whose tokens `find` is asked about.
+    """
+
+    plan: ExpertPlan
+    rank: int
+
+    @classmethod
+    def by(cls, call: str, plan: ExpertPlan, ranks: int, rank: int) -> PlannedPlacement:
+        """Return the placement of `plan`, or refuse one for other ranks, for several layers, or with a wasted slot."""
+        if plan.layers != 1:
+            remedy = "Use ExpertPlan.layer"
+            raise ArgumentError(complaint(call, "placement", "be a plan of one layer", f"{plan.layers} layers", remedy))
+        if plan.ranks != ranks:
+            raise ArgumentError(complaint(call, "placement", f"be a plan for {ranks} ranks", f"one for {plan.ranks}"))
+        if plan.repeats().any():
+            rule = "hold no expert twice on a rank"
+            raise ArgumentError(complaint(call, "placement", rule, f"{plan.repeats()[0]} such slots"))
+        first = plan.logical_to_physical[0, :, 0]
+        return cls(first // plan.slots, first % plan.slots, plan, rank)
+
+    def expert_map(self, rank: int) -> Array:
+        mapping = np.full(self.num_experts, -1, np.int32)
+        mapping[self.experts(rank)] = np.arange(self.plan.slots, dtype=np.int32)
+        return mapping
+
+    def experts(self, rank: int) -> Array:
+        return self.plan.experts(rank)
+
+    def find(self, topk_ids: Array) -> tuple[Array, Array]:
+        slot = self.plan.to_physical(topk_ids, first_token=self.rank)
+        return np.where(slot >= 0, slot // self.plan.slots, -1), np.where(slot >= 0, slot % self.plan.slots, -1)
+
+
 def experts_of(call: str, placement: Any, num_experts: int, ranks: int, rank: int) -> list[int]:
     """Return the global ids that `placement` gives to `rank`.
 
     Parameters
     ----------
-    placement : "linear", "round_robin" or sequence of int
+    placement : "linear", "round_robin", ExpertPlan or sequence of int
         "linear": blocks of E // R experts in rank order, one more on each of the first E % R ranks; "round_robin":
-        ``rank, rank + R, ...``; else this rank's own ids, one for each expert here.
+        ``rank, rank + R, ...``; a plan: what it puts there; else this rank's own ids, one for each expert here.
     """
+    if isinstance(placement, ExpertPlan):
+        return PlannedPlacement.by(call, placement, ranks, rank).experts(rank).tolist()
     if isinstance(placement, str):
         if placement == "linear":
             base, more = divmod(num_experts, ranks)
@@ -101,6 +149,6 @@ def experts_of(call: str, placement: Any, num_experts: int, ranks: int, rank: in
     except TypeError as error:
         if isinstance(error, DTypeError):
             raise
-        rule = "be a strategy or a sequence of global ids"
+        rule = "be a strategy, a plan or a sequence of global ids"
         raise DTypeError(complaint(call, "placement", rule, type(placement).__name__)) from None
     return ids

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from pymoe.comm.connect import open_group
+from pymoe.comm.eplb import ExpertPlan
 from pymoe.comm.group import Group
 from pymoe.comm.header import Header, Kind
-from pymoe.comm.placement import Placement, experts_of
+from pymoe.comm.placement import Placement, PlannedPlacement, experts_of
 from pymoe.comm.plan import as_bytes
 from pymoe.errors import ArgumentError, complaint
 
@@ -92,30 +93,39 @@ def place(call: str, group: Group, placement: Any, num_experts: int | None, E_lo
 
     Parameters
     ----------
-    placement : "linear", "round_robin" or sequence of int
+    placement : "linear", "round_robin", ExpertPlan or sequence of int
         As in `experts_of`.
     num_experts : int, optional
-        Default: the sum of all ranks' experts.
+        Default: those of the plan, else the sum of all ranks' experts.
     E_local : int
         Experts that this rank brings.
     """
     number = group.layers
-    named = isinstance(placement, str)
+    planned = isinstance(placement, ExpertPlan)
+    named = isinstance(placement, str) or planned
     ids = [] if named else experts_of(call, placement, 0, group.size, group.rank)
     if not named and len(ids) != E_local:
         raise ArgumentError(complaint(call, "placement", f"name the {E_local} experts of w1", f"{len(ids)} ids"))
     values = {"layer": number, "num_experts": -1 if num_experts is None else num_experts}
-    names = {"placement": placement if named else "explicit"}
+    if planned:
+        num_experts = placement.num_logical if num_experts is None else num_experts
+        if num_experts != placement.num_logical:
+            got = f"one of {placement.num_logical}"
+            raise ArgumentError(complaint(call, "placement", f"be a plan of {num_experts} experts", got))
+    names = {"placement": str(placement) if named else "explicit"}
     group.post(Header(Kind.PLACE, values=values, names=names), np.full((group.size, 2), E_local, np.int64))
     _, there, _ = group.collect("while ranks tell their experts")
     group.layers += 1
     E = int(there.receive.sum()) if num_experts is None else num_experts
     if named:
-        found = Placement.of(call, placement, E, group.size)
+        if planned:
+            found: Placement = PlannedPlacement.by(call, placement, group.size, group.rank)
+        else:
+            found = Placement.of(call, placement, E, group.size)
         for rank, here in enumerate(there.receive):
             due = len(found.experts(rank))
             if here != due:
-                rule = f"hold {due} of {E} experts on rank {rank} with a {placement} placement"
+                rule = f"hold {due} of {E} experts on rank {rank} with placement {placement}"
                 raise ArgumentError(complaint(call, "w1", rule, f"{here} experts"))
     else:
         raw = group.gather(as_bytes(np.asarray(ids, np.int64).reshape(-1, 1)), there)

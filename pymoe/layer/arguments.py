@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
-from pymoe.comm.placement import STRATEGIES
+from pymoe.comm.eplb import ExpertPlan
+from pymoe.comm.placement import STRATEGIES, PlannedPlacement
 from pymoe.config import RoutingConfig
 from pymoe.dense import Gate
 from pymoe.device.arrays import as_array
@@ -67,6 +68,8 @@ def expert_map_of(call: str, placement: Any, num_experts: int, E_local: int) -> 
             rule = f"equal w1's {E_local} experts with a {placement} placement"
             raise ArgumentError(complaint(call, "num_experts", rule, num_experts, "Give placement as global ids"))
         return None
+    if isinstance(placement, ExpertPlan):
+        placement = PlannedPlacement.by(call, placement, 1, 0).experts(0)
     ids = [checks.integer(call, "placement", expert, 0) for expert in placement]
     if len(ids) != E_local or len(set(ids)) != len(ids) or any(expert >= num_experts for expert in ids):
         rule = f"name {E_local} different global experts in 0..{num_experts - 1}"

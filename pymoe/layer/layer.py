@@ -57,8 +57,8 @@ class MoELayer:
         Maps tokens (M, K) to (M, K); y is the sum of routed and shared in float32, rounded once.
     comm : mpi4py communicator, optional
         Ranks that share out the experts; building, calls and close are then collective.
-    placement : "linear", "round_robin" or sequence of int
-        Which global experts are here, in the order of w1; "linear" gives blocks to the ranks in order.
+    placement : "linear", "round_robin", ExpertPlan or sequence of int
+        Which global experts are here, in the order of w1: blocks in rank order, or, by a plan, some on several ranks.
     transport : {"auto", "local", "host"}
         How rows travel between ranks.
     max_num_tokens : int, optional

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pymoe import checks
 from pymoe.comm import Group, Ranks, agree, connecting, place
+from pymoe.comm.eplb import ExpertPlan
 from pymoe.comm.placement import experts_of as placed_experts
 from pymoe.config import FusedMoEParallelConfig
 from pymoe.device.arrays import is_cuda
@@ -68,7 +69,9 @@ def own_experts(folder: Any, layer: int, experts: Any, options: dict[str, Any], 
     """Return the global ids that this rank reads: those given, else its part of the checkpoint's."""
     from pymoe.checkpoint import list_layers
 
-    placement = options.pop("placement", "linear")
+    placement = options.get("placement", "linear")
+    if not isinstance(placement, ExpertPlan):
+        options.pop("placement", None)
     if experts is not None:
         return experts
     for entry in list_layers(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,16 @@ import pytest
 import pymoe
 from pymoe import ep_model
 from pymoe.comm import Ranks
+from pymoe.comm.eplb import ExpertPlan, initial_plan
 from pymoe.comm.placement import Placement
+from pymoe.comm.rebalance import rebalance
 from pymoe.comm.sim import SimComm
 from pymoe.prepare_finalize import AllGatherPrepareAndFinalize, StandardEpPrepareAndFinalize
 from pymoe.weight_and_reduce import TopKWeightAndReduceNoOP
+from tests import tolerance
 from tests.mpi.problems import problem
 
+ROOT = Path(__file__).parents[2]
 PLAIN = pymoe.FusedMoEQuantConfig()
 
 
@@ -146,6 +151,83 @@ def test_layers_of_virtual_ranks_equal_one_process(R, case):
 
     for found, expected in zip(SimComm(R).run(program), p.one_process(rank_order=True), strict=True):
         np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize("scheme, exact", [(None, True), (None, False), ("fp8_w8a8_block", False)])
+@pytest.mark.parametrize("R, E, topk, P", [(2, 5, 2, 8), (4, 8, 3, 12), (6, 3, 2, 12), (1, 4, 2, 4)])
+def test_layers_with_redundant_experts(R, E, topk, P, scheme, exact):
+    """A plan as the placement: each slot is served by the replica that its token's number chooses, and by no other."""
+    p = problem(R, E=E, topk=topk, scheme=scheme, exact=exact, routing="holes", tokens="random", seed=R)
+    ids = np.concatenate(p.ids)
+    loads = np.bincount(ids[(ids >= 0) & (ids < E)], minlength=E)
+    plan = rebalance(loads[None], num_physical=P, ranks=R)
+    assert plan.logical_replica_count.sum() == P
+    p.owned = [plan.experts(rank).tolist() for rank in range(R)]
+
+    def program(group):
+        w1, w2, config = p.experts(group.rank)
+        options = {"topk": topk, "num_experts": E, "quant_config": config, "placement": plan}
+        with pymoe.MoELayer(w1, w2, comm=group, **options) as layer:
+            y = layer(p.x[group.rank], topk_weights=p.weights[group.rank], topk_ids=p.ids[group.rank])
+            return y, layer.last_load
+
+    found, loads = zip(*SimComm(R).run(program), strict=True)
+    served = [plan.to_physical(chosen, first_token=rank) for rank, chosen in enumerate(p.ids)]
+    owner = np.concatenate([np.where(slot >= 0, slot // plan.slots, -1) for slot in served])
+    x, weights = np.concatenate(p.x), np.concatenate(p.weights)
+    total = np.zeros(x.shape, np.float32)
+    for rank in range(R):
+        mine = np.where(owner == rank, ids, -1)
+        total += p.partial(x, mine, weights, np.arange(E))
+        counted = np.bincount(mine[(mine >= 0) & (mine < E)], minlength=E)
+        if R > 1:
+            assert loads[rank].tolist() == counted.tolist()
+    np.testing.assert_array_equal(np.concatenate(found), total.astype(x.dtype))
+    if exact:
+        np.testing.assert_array_equal(np.concatenate(found), np.concatenate(p.one_process(rank_order=False)))
+
+
+def test_a_checkpoint_by_a_plan():
+    """Each rank reads what the plan puts there, in the plan's order, some experts on several ranks."""
+    folder = ROOT / "examples/digits/checkpoint"
+    whole = pymoe.MoELayer.from_checkpoint(folder, 0)
+    # Not ascending, as the slots of a mended plan; four experts on both ranks.
+    plan = ExpertPlan.of(np.array([0, 1, 2, 3, 4, 5, 7, 6, 5, 4, 0, 2]), whole.num_experts, 2)
+    x = np.random.default_rng(0).standard_normal((33, whole.K)).astype(np.float32)
+
+    def program(group):
+        with pymoe.MoELayer.from_checkpoint(folder, 0, comm=group, placement=plan) as layer:
+            return layer(x), layer.last_load
+
+    (first, load), (second, other) = SimComm(2).run(program)
+    for found in (first, second):
+        tolerance.assert_fused(found, whole(x), whole.K, whole.I)
+    np.testing.assert_array_equal(load + other, 2 * whole.last_load)
+    assert (load > 0).tolist() == [expert in plan.experts(0) for expert in range(8)]
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda rank: {"placement": initial_plan(4, 0, 2) if rank == 1 else initial_plan(4, 2, 2)}, "rank 1"),
+        (lambda rank: {"placement": initial_plan(4, 0, 4)}, "be a plan for 2 ranks; got one for 4"),
+        (lambda rank: {"placement": initial_plan(4, 0, 2), "num_experts": 5}, "be a plan of 5 experts; got one of 4"),
+        (lambda rank: {"placement": initial_plan(4, 0, 2, layers=3)}, "be a plan of one layer; got 3 layers"),
+        (lambda rank: {"placement": ExpertPlan.of(np.array([0, 0, 0, 1]), 2, 2)}, "hold no expert twice on a rank"),
+    ],
+)
+def test_plans_that_do_not_fit(change, text):
+    """Every rank raises the same, also where only one of them brings another plan."""
+    w1, w2 = np.ones((2, 16, 8), np.float32), np.ones((2, 8, 8), np.float32)
+    seen = []
+
+    def program(group):
+        with pytest.raises(pymoe.PymoeError) as caught:
+            pymoe.MoELayer(w1, w2, topk=1, comm=group, **change(group.rank))
+        seen.append(str(caught.value))
+
+    SimComm(2).run(program)
+    assert len(seen) == 2 and all(text in one for one in seen), seen
 
 
 def test_an_error_of_one_virtual_rank_is_everybodys(monkeypatch):
