@@ -23,11 +23,6 @@ def local_ids(topk_ids: Array, num_experts: int, expert_map: Array | None) -> Ar
     return xp.where(legal, expert_map[xp.where(legal, topk_ids, 0)], -1)
 
 
-def live_tokens(topk_ids: Array, num_experts: int, expert_map: Array | None) -> Array:
-    """Return (M,) bool: tokens that some expert here computes; the others (padding) join no shared scale."""
-    return (local_ids(topk_ids, num_experts, expert_map) >= 0).any(axis=1)
-
-
 def weigh_input(call: str, a1: Array, topk_weights: Array, apply_router_weight_on_input: bool) -> Array:
     """Return `a1`, or a new array of `a1` times its only router weight: float32 product, one rounding to a1's dtype."""
     if not apply_router_weight_on_input:

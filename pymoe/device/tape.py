@@ -14,18 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pymoe.errors import PymoeError
-
 __all__ = ["Launch", "Recorder", "Tape", "current_recorder"]
 
 Array = Any
 
-_recording = threading.local()
+_thread = threading.local()
 
 
 def current_recorder() -> Recorder | None:
     """Return the recorder of this thread, None outside a recording."""
-    return getattr(_recording, "recorder", None)
+    return getattr(_thread, "recorder", None)
 
 
 class Launch(NamedTuple):
@@ -66,12 +64,12 @@ class Recorder:
             self._kept.append(pointer)
             return pointer
 
-        _recording.recorder = self
+        _thread.recorder = self
         try:
             with cupy.cuda.using_allocator(keep):
                 yield
         finally:
-            _recording.recorder = None
+            _thread.recorder = None
 
     def refuse(self) -> None:
         """Say that something was queued that a tape cannot repeat."""
@@ -118,9 +116,9 @@ class Tape:
     """Launches to queue again.  Not thread-safe: one player at a time."""
 
     def __init__(self, launches: list[Launch], patches: list[tuple[np.ndarray, int, int]], kept: list[Any]) -> None:
-        from cuda.bindings import driver
+        from cupy.cuda import driver
 
-        self._launch, self._done = driver.cuLaunchKernel, driver.CUresult.CUDA_SUCCESS
+        self._launch = driver.launchKernel
         self._queue = [(launch.fixed, launch.addresses.ctypes.data) for launch in launches]
         self._patches = patches
         self._held = (launches, kept)
@@ -128,12 +126,23 @@ class Tape:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def play(self, pointers: Sequence[int], stream: int) -> None:
-        """Queue the launches on a stream for arrays at these addresses, in the order that the recorder was given."""
+    def play(self, pointers: Sequence[int], device: int, stream: int) -> None:
+        """Queue the launches on a stream of the current device, for arrays at these addresses.
+
+        The addresses come in the order in which the recorder was given the arrays.
+        """
+        _enter_context(device)
         for cells, at, role in self._patches:
             cells[at] = pointers[role]
-        launch, done = self._launch, self._done
+        launch = self._launch
         for fixed, addresses in self._queue:
-            status = launch(*fixed, stream, addresses, 0)[0]
-            if status != done:
-                raise PymoeError(f"MoELayer: a launch failed with {status.name}. Look at the kernels before it.")
+            launch(*fixed, stream, addresses, 0)
+
+
+def _enter_context(device: int) -> None:
+    """Make the device's context this thread's: the driver, unlike the runtime, does not do so at the first launch."""
+    if device not in _thread.__dict__.setdefault("contexts", set()):
+        from cupy.cuda import runtime
+
+        runtime.setDevice(device)
+        _thread.contexts.add(device)

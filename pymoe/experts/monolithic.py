@@ -13,10 +13,11 @@ from pymoe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingConfig, 
 from pymoe.contracts import FusedMoEActivationFormat, FusedMoEExpertsMonolithic
 from pymoe.contracts.experts import Activation
 from pymoe.errors import ArgumentError, complaint
+from pymoe.ops.permute.live import live_tokens
 from pymoe.ops.quantize import quantize_activations
 from pymoe.ops.route import route
 from pymoe.quantization import FusedMoEQuantConfig, QuantKey
-from pymoe.tokens import live_tokens, weigh_input
+from pymoe.tokens import weigh_input
 
 Array = Any
 

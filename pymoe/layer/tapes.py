@@ -49,7 +49,6 @@ class Tapes:
             and layer._ranks is None
             and layer.shared_experts is None
             and not layer.routing.apply_router_weight_on_input
-            and not layer.quant_config.is_dynamic_per_tensor
             and layer.routing.method not in (RoutingMethodType.Custom, RoutingMethodType.Simulated)
         )
 
@@ -75,7 +74,7 @@ class Tapes:
             if workspace.memory is not entry.memory:
                 self._remember(key, None)
                 return None
-            entry.tape.play([array.data.ptr for array in given], key[0][1])
+            entry.tape.play([array.data.ptr for array in given], *key[0][:2])
             if arrays[3] is not None:
                 entry.ids.data.copy_from_device_async(arrays[3].data, arrays[3].nbytes)
         self._layer._routed, self._layer._last_load = entry.ids, None

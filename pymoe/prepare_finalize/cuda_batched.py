@@ -9,10 +9,11 @@ import numpy as np
 from pymoe.contracts import ExpertTokensMetadata, PrepareResult, TopKWeightAndReduce
 from pymoe.device.arrays import namespace
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
+from pymoe.ops.permute.live import live_tokens
 from pymoe.ops.quantize import quantize_activations
 from pymoe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from pymoe.quantization import FusedMoEQuantConfig
-from pymoe.tokens import live_tokens, local_ids, weigh_input
+from pymoe.tokens import local_ids, weigh_input
 from pymoe.weight_and_reduce import TopKWeightAndReduceDelegate
 
 __all__ = ["CudaBatchedPrepareAndFinalize"]

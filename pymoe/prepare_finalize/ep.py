@@ -14,11 +14,12 @@ from pymoe.comm.plan import DispatchPlan, as_bytes, pack_meta, plan_dispatch, un
 from pymoe.comm.transports.base import Payload
 from pymoe.contracts import FusedMoEExperts, FusedMoEPrepareAndFinalizeModular, PrepareResult, RowMap
 from pymoe.errors import ArgumentError, complaint
+from pymoe.ops.permute.live import live_tokens
 from pymoe.ops.quantize import quantize_activations
 from pymoe.ops.unpermute import unpermute
 from pymoe.prepare_finalize.exchange import Exchange
 from pymoe.quantization import FusedMoEQuantConfig
-from pymoe.tokens import live_tokens, weigh_input
+from pymoe.tokens import weigh_input
 
 Array = Any
 

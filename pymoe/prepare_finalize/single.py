@@ -16,9 +16,10 @@ from pymoe.contracts import (
     PrepareResult,
     TopKWeightAndReduce,
 )
+from pymoe.ops.permute.live import live_tokens
 from pymoe.ops.quantize import quantize_activations
 from pymoe.quantization import FusedMoEQuantConfig
-from pymoe.tokens import live_tokens, weigh_input
+from pymoe.tokens import weigh_input
 from pymoe.weight_and_reduce import TopKWeightAndReduceContiguous, TopKWeightAndReduceDelegate
 
 Array = Any
@@ -58,7 +59,7 @@ class SingleProcessPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
         a1 = weigh_input(f"{type(self).__name__}.prepare", a1, topk_weights, apply_router_weight_on_input)
         if defer_input_quant or quant_config.quant_dtype is None:
             return PrepareResult(a1, None, None, None, None)
-        live = live_tokens(topk_ids, num_experts, expert_map)
+        live = live_tokens(topk_ids, num_experts, expert_map) if quant_config.is_dynamic_per_tensor else None
         a1q, a1q_scale = quantize_activations(a1, quant_config, "a1", live=live)
         return PrepareResult(a1q, a1q_scale, None, None, None)
 

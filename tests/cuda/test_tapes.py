@@ -23,7 +23,7 @@ def tape_count(made):
     return sum(entry is not None and entry.tape is not None for entry in made._tapes._entries.values())
 
 
-SCHEMES = [None, "fp8_w8a8", "fp8_w8a8_block", "int8_w8a8", "int4_w4a16", "mxfp4", "nvfp4", "mxfp8"]
+SCHEMES = [None, "fp8_w8a8", "fp8_w8a8_tensor", "fp8_w8a8_block", "int8_w8a8", "int4_w4a16", "mxfp4", "nvfp4", "mxfp8"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
