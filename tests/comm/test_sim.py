@@ -12,6 +12,7 @@ import pymoe
 from pymoe import ep_model
 from pymoe.comm import Ranks
 from pymoe.comm.eplb import ExpertPlan, initial_plan
+from pymoe.comm.loads import sum_over_ranks
 from pymoe.comm.placement import Placement
 from pymoe.comm.rebalance import rebalance
 from pymoe.comm.sim import SimComm
@@ -285,3 +286,33 @@ def test_a_wrong_delivery_is_told(fault, monkeypatch):
     monkeypatch.setattr("tests.comm.test_sim.SimComm", lambda R: comm)
     with pytest.raises(pymoe.CommError, match="rank 2|ranks \\[2\\]"):
         check_conservation(3, ids, Placement.of("test", "linear", 6, 3))
+
+
+def test_loads_over_ranks_and_one_plan():
+    """Every rank gets the sum of all, and makes the same plan of it."""
+    rng = np.random.default_rng(0)
+    loads = rng.integers(0, 2**40, (5, 3, 16))
+
+    def program(group):
+        total = sum_over_ranks(group, loads[group.rank].astype(np.uint64 if group.rank else np.int64))
+        return total, rebalance(total, num_physical=20, ranks=5)
+
+    for total, plan in SimComm(5).run(program):
+        np.testing.assert_array_equal(total, loads.sum(axis=0))
+        wanted = rebalance(loads.sum(axis=0), num_physical=20, ranks=5)
+        np.testing.assert_array_equal(plan.physical_to_logical, wanted.physical_to_logical)
+
+
+@pytest.mark.parametrize("odd, text", [(np.zeros((1, 5), int), "experts"), (np.zeros((1, 4)), "integer dtype")])
+def test_loads_that_do_not_fit(odd, text):
+    """A wrong array on one rank is every rank's error."""
+    seen = []
+
+    def program(group):
+        with pytest.raises(pymoe.CommError, match=text) as caught:
+            sum_over_ranks(group, odd if group.rank == 1 else np.zeros((1, 4), int))
+        seen.append(caught.value.rank)
+        return sum_over_ranks(group, np.full((1, 4), group.rank)).tolist()
+
+    assert SimComm(3).run(program) == [[[3] * 4]] * 3
+    assert seen == [1, 1, 1]
