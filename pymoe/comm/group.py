@@ -131,11 +131,15 @@ class Group:
         self._transfers.append(transfer)
         return transfer
 
-    @contextlib.contextmanager
-    def sending(self) -> Iterator[None]:
-        """Surround the sending of a dispatch: what is interrupted in its middle cannot be taken back."""
-        self._sending = "some"
-        yield
+    def send(self, transfer: Transfer, payloads: Sequence[Payload]) -> None:
+        """Send all rows of a transfer; after an error before the first message the others can do without them."""
+        before, self._sending = self._sending, "some"
+        try:
+            transfer.send(payloads)
+        except BaseException:
+            if not transfer.started():
+                self._sending = before
+            raise
         self._sending = "all"
 
     def arrive(self, transfer: Transfer, stage: str) -> None:

@@ -174,7 +174,8 @@ class EpPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
         """Return the received rows in the experts' format."""
 
     def finalize(self, *args: Any, **kwargs: Any) -> None:
-        self.finalize_async(*args, **kwargs)()
+        receiver: Any = self.finalize_async(*args, **kwargs)
+        receiver()
 
     def _take_exchange(self) -> Exchange:
         exchange, self._exchange = self._exchange, None

@@ -61,8 +61,7 @@ class Exchange:
         widths = [payload.rows.shape[1] for payload in self.payloads]
         self._dispatch = group.track(group.transport.open_dispatch(self.plan, there, widths))
         self._combine = group.track(group.transport.open_combine(self.plan, back, self.width))
-        with group.sending():
-            self._dispatch.send(self.payloads)
+        group.send(self._dispatch, self.payloads)
 
     def receive(self) -> list[Array]:
         """Wait for the rows; return one (rows, b) uint8 array a payload, in the order of their ranks."""
@@ -77,8 +76,7 @@ class Exchange:
         """Send the experts' rows, in the order of the ranks that they are for, and say that all went well here."""
         assert self._combine is not None
         raw = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), self.width)
-        with self.ranks.group.sending():
-            self._combine.send([Payload(raw)])
+        self.ranks.group.send(self._combine, [Payload(raw)])
         self.ranks.group.post(Header(Kind.COMBINE, tokens=1))
 
     def collect(self) -> Array:

@@ -67,6 +67,10 @@ class Transfer(abc.ABC):
         """Send all rows; what a payload holds may change once `unsettled` is empty."""
 
     @abc.abstractmethod
+    def started(self) -> bool:
+        """Return whether another rank may have got something of an unfinished `send`."""
+
+    @abc.abstractmethod
     def missing(self) -> list[int]:
         """Make progress; return the ranks whose rows have not all arrived."""
 

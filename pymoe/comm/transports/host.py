@@ -127,6 +127,9 @@ class HostTransfer(Transfer):
             for first in range(int(start), int(stop), step)
         ]
 
+    def started(self) -> bool:
+        return bool(self._sends)
+
     def missing(self) -> list[int]:
         self._receives = _under_way(self._receives)
         return sorted({source for source, _ in self._receives})

@@ -38,6 +38,9 @@ class LocalTransfer(Transfer):
         for payload, inbox in zip(payloads, self.inbox, strict=True):
             gather(payload.rows, payload.order, 0, len(inbox), inbox)
 
+    def started(self) -> bool:
+        return False
+
     def missing(self) -> list[int]:
         return []
 
