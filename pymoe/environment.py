@@ -15,7 +15,9 @@ from pymoe.errors import ArgumentError, complaint
 __all__ = [
     "cache_dir",
     "checked",
+    "for_ranks",
     "is_checked",
+    "is_launched",
     "logger",
     "node_size",
     "num_threads",
@@ -92,6 +94,28 @@ def node_size() -> int | None:
     if value < 1 or value != int(value):
         raise ArgumentError(complaint("pymoe", "PYMOE_NODE_SIZE", "be a positive whole number", repr(text)))
     return int(value)
+
+
+def is_launched() -> bool:
+    """Return whether an MPI launcher started this process."""
+    return any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+
+
+def for_ranks(ranks: int) -> dict[str, str]:
+    """Return the environment in which to launch `ranks` ranks on this machine; what is set already stays.
+
+    Open MPI refuses root and more ranks than cores unless told otherwise; other MPIs read none of these.  Each rank
+    gets its share of the cores.
+    """
+    settings = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_MCA_osc": "^ucx",
+        "PYMOE_NUM_THREADS": str(max(1, num_threads() // ranks)),
+    }
+    return settings | os.environ
 
 
 def show_debug() -> bool:

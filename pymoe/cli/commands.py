@@ -17,6 +17,8 @@ from pymoe.catalogue import all_kernels
 from pymoe.checkpoint import list_layers
 from pymoe.cli import files, report
 from pymoe.cli.progress import Progress
+from pymoe.comm import probe, runner
+from pymoe.comm.mpi import load_mpi
 from pymoe.device import cubins, jit
 from pymoe.device.arch import ARCHS, current_arch
 from pymoe.device.private import private_folder
@@ -79,8 +81,23 @@ def info(options: argparse.Namespace) -> None:
     print(f"{len(layers)} MoE layers, {report.size(sum(entry.nbytes for entry in layers))}")
 
 
+def mpirun(options: argparse.Namespace) -> None:
+    """Start a program on several ranks, or run it as one of them."""
+    if options.n is None:
+        runner.run_program(options.program, options.arguments)
+    elif status := runner.launch(options.n, options.program, options.arguments, options.mpiexec):
+        sys.exit(status if 0 < status < 256 else 1)
+
+
 def doctor(options: argparse.Namespace) -> None:
     """Show what pymoe found on this machine, and why what is optional cannot be used."""
+    if options.mpi:
+        comm = load_mpi().COMM_WORLD
+        with runner.abort_on_error():
+            lines = probe.describe(comm)
+        if comm.Get_rank() == 0:
+            print("\n".join(lines))
+        return
     installation.show_config()
     print(f"processor can: {' '.join(installation.cpu_features()) or 'nothing beyond its baseline'}")
     for library, extra in EXTRAS.items():

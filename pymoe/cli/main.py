@@ -72,7 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(command=commands.info)
 
     doctor = subparsers.add_parser("doctor", help="show versions, processor, threads, caches, optional libraries")
+    doctor.add_argument("--mpi", action="store_true", help="try the transports between ranks (start it by mpiexec)")
     doctor.set_defaults(command=commands.doctor)
+
+    mpirun = subparsers.add_parser("mpirun", help="run a Python program on several ranks that end together")
+    mpirun.add_argument("-n", type=int, metavar="N", help="start N ranks here; without it, this process is one of them")
+    mpirun.add_argument("--mpiexec", metavar="PATH", help="launcher; default the one beside this Python")
+    mpirun.add_argument("program", metavar="PROGRAM", help="a Python file")
+    mpirun.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the program")
+    mpirun.set_defaults(command=commands.mpirun)
 
     compile_ = subparsers.add_parser("compile", help="compile the CUDA kernels into the cache; needs no GPU")
     known = f"one of {', '.join(ARCHS)}; may be given again; default the current device's"

@@ -73,7 +73,7 @@ def _build(call: str, comm: Any, wanted: str) -> Group:
     """Duplicate the communicator and agree on a transport."""
     if comm.Get_size() == 1:
         local = LocalTransport()
-        return Group(MpiControl(comm), local, local)
+        return Group(MpiControl(comm), local, local, [(name, "one rank") for name in TRANSPORTS[2:]])
     forget_startup_segment()
     seconds = environment.timeout_s()
     with mpi_call("the communicator's duplicate"), mpi_lock():

@@ -171,22 +171,16 @@ class Group:
         return [transfer.inbox[0][offsets[r] : offsets[r + 1]].copy() for r in range(self.size)]
 
     def close(self, call: str) -> None:
-        """Close on all ranks, after all of them have come here; a broken group is left as it is."""
+        """Let go of everything; all ranks come here together, unless the group is broken and left as it is."""
         with self._lock:
-            try:
-                if self.broken is None and not self._call:
-                    with self.guard(call, 1):
-                        self.post(Header(Kind.CLOSE))
-                        self.collect("at close")
-            finally:
-                broken = self.broken is not None
-                self.broken = self.broken or CommError(complaint(call, "the group", "be open", "a closed one"))
-                self.control.close(broken)
-                for transport in {id(t): t for t in (self.transport, self.host)}.values():
-                    transport.close(call, self._seconds, broken)
-                for action in self.on_close:
-                    action(broken)
-                _groups.discard(self)
+            broken = self.broken is not None
+            self.broken = self.broken or CommError(complaint(call, "the group", "be open", "a closed one"))
+            self.control.close(broken)
+            for transport in {id(t): t for t in (self.transport, self.host)}.values():
+                transport.close(call, self._seconds, broken)
+            for action in self.on_close:
+                action(broken)
+            _groups.discard(self)
 
     def leave(self) -> None:
         """Tell the others that this process ends while the group is open; they need not wait for the deadline."""

@@ -127,3 +127,25 @@ def forget_startup_segment() -> None:
                 os.unlink(path)
             except OSError:
                 pass
+
+
+def describe(comm: Any) -> list[str]:
+    """Return what MPI and the transports of a communicator are, one line each; collective."""
+    from pymoe.comm.connect import open_group
+    from pymoe.comm.ranks import release
+
+    MPI = load_mpi()
+    levels = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized"}
+    group = open_group("doctor", comm, "auto")
+    try:
+        major, minor = MPI.Get_version()
+        library = MPI.Get_library_version().splitlines()[0].strip(" \0,")
+        nodes = 1 if group.nodes is None else group.nodes.count
+        lines = [
+            f"MPI        {library} (MPI {major}.{minor}), threads {levels.get(MPI.Query_thread(), 'multiple')}",
+            f"ranks      {group.size} on {nodes} node{'s' * (nodes > 1)}",
+            f"transport  {group.transport.name}",
+        ]
+        return lines + [f"not {name:7}{reason}" for name, reason in group.refused]
+    finally:
+        release("doctor", group)

@@ -57,10 +57,24 @@ class Ranks:
         return load
 
     def close(self, call: str) -> None:
-        """Leave the group; the last layer on it closes it, on all ranks."""
-        if self._open:
-            self._open = False
-            release(call, self.group)
+        """Leave the group, on all ranks together; the last layer on it closes it.
+
+        Where other ranks do something else, all raise, and the layer stays open; a group that is broken is left.
+        """
+        if not self._open:
+            return
+        group = self.group
+        agreed = False
+        try:
+            if group.broken is None:
+                with group.guard(call, 1):
+                    group.post(Header(Kind.CLOSE, values={"layer": self.number}))
+                    group.collect("at close")
+            agreed = True
+        finally:
+            if agreed or group.broken is not None:
+                self._open = False
+                release(call, group)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,20 @@ of Python's exceptions, and its own finalization waits for all.
 from __future__ import annotations
 
 import contextlib
+import os
+import runpy
+import shutil
+import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from pymoe import environment
 from pymoe.comm.mpi import load_mpi
+from pymoe.errors import ArgumentError, BackendUnavailableError, complaint
 
 _guarded = False
 _warned = False
@@ -48,6 +55,33 @@ def abort_on_error() -> Iterator[None]:
         raise
     finally:
         _guarded = before
+
+
+def run_program(program: str, arguments: Sequence[str]) -> None:
+    """Run a Python program as ``__main__`` on this rank, ending all ranks when it fails."""
+    sys.argv[:] = [program, *arguments]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(program)))
+    with abort_on_error():
+        runpy.run_path(program, run_name="__main__")
+
+
+def launch(ranks: int, program: str, arguments: Sequence[str], mpiexec: str | None = None) -> int:
+    """Start a Python program on `ranks` ranks of this machine and return its exit status.
+
+    Parameters
+    ----------
+    mpiexec : str, optional
+        Launcher; default the one beside this Python, then the first in PATH.
+    """
+    if ranks < 1:
+        raise ArgumentError(complaint("pymoe mpirun", "-n", "be at least 1", ranks))
+    own = Path(sys.executable).with_name("mpiexec")
+    found = mpiexec or (str(own) if own.exists() else shutil.which("mpiexec"))
+    if found is None:
+        remedy = "Install an MPI: pip install mpich"
+        raise BackendUnavailableError(complaint("pymoe mpirun", "mpiexec", "be installed", "none", remedy))
+    command = [found, "-n", str(ranks), sys.executable, "-m", "pymoe", "mpirun", program, *arguments]
+    return subprocess.run(command, env=environment.for_ranks(ranks)).returncode
 
 
 def _abort(status: int) -> None:

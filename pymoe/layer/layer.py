@@ -345,9 +345,8 @@ class MoELayer:
     def close(self) -> None:
         """Let go of the weights and kernels; later calls raise `ClosedError`.  May be called again."""
         with self._lock:
-            if self._ranks is not None and not self._closed:
-                self._closed = True
-                self._ranks.close("MoELayer.close")
+            if self._ranks is not None:
+                self._ranks.close("MoELayer")
             self._closed = True
             self._kernels.clear()
             self._w1 = self._w2 = self._routed = self._tapes = None

@@ -46,8 +46,9 @@ class Exchange:
     def announce(self, call: str, tokens: int, values: dict[str, int], names: dict[str, str]) -> None:
         """Send headers: what all ranks must agree on, and how many rows go where."""
         self._call = call
-        widths = {"row bytes": sum(payload.rows.shape[1] for payload in self.payloads)}
-        header = Header(Kind.CALL, tokens=tokens, values={"layer": self.ranks.number} | values | widths, names=names)
+        # What follows from the others comes last, so that the cause is named.
+        names = names | {"row bytes": str(sum(payload.rows.shape[1] for payload in self.payloads))}
+        header = Header(Kind.CALL, tokens=tokens, values={"layer": self.ranks.number} | values, names=names)
         self.ranks.group.post(header, np.stack([self.plan.counts, self.back], axis=1))
 
     def send(self) -> None:
