@@ -196,6 +196,7 @@ class _Bench:
         """Check and time these contenders for M tokens; wrong ones are noted and left out."""
         if not pairs:
             return []
+        _say(f"M {M:<6} comparing {len(pairs)} contenders with float64, then timing them")
         items = draw_items(self.options.shape, M, self._sets, self.options.seed)
         calls: dict[tuple[str, str], list[Any]] = {}
         facts: dict[tuple[str, str], tuple[str, float]] = {}

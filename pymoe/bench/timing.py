@@ -18,11 +18,15 @@ PAUSE_S = 0.1
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure: `rounds` turns of each contender, each at least `calls` calls and `seconds`."""
+    """How long to measure: `rounds` turns of each contender, each at least `calls` calls and `seconds`.
+
+    A turn ends with the call that exceeds `limit` seconds, however few there were.
+    """
 
     rounds: int = 5
     calls: int = 5
     seconds: float = 0.4
+    limit: float = 4.0
 
 
 QUICK = Pace(rounds=2, calls=2, seconds=0.02)
@@ -79,7 +83,7 @@ def _turn(calls: Sequence[Callable[[], Any]], pace: Pace) -> list[float]:
             break
     taken: list[float] = []
     started = time.perf_counter()
-    while len(taken) < pace.calls or time.perf_counter() - started < pace.seconds:
+    while (spent := time.perf_counter() - started) < pace.limit and (len(taken) < pace.calls or spent < pace.seconds):
         call = next(around)
         begin = time.perf_counter()
         call()

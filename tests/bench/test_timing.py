@@ -38,6 +38,17 @@ def test_a_turn_lasts_as_long_as_it_must(monkeypatch):
     assert samples.calls == 10 and samples.median == pytest.approx(0.01)
 
 
+def test_slow_calls_end_a_turn_early(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += 3.0
+
+    (samples,) = take_turns({"a": [call]}, Pace(rounds=2, calls=5, seconds=0.0, limit=4.0)).values()
+    assert samples.calls == 4
+
+
 def test_garbage_collection_is_restored_after_an_error():
     assert gc.isenabled()
     with pytest.raises(ZeroDivisionError):
