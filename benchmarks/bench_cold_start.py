@@ -11,6 +11,7 @@ The limits are those of the project: 3 s cold, 50 ms warm; the exit status is 1 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -59,10 +60,8 @@ def parsed() -> argparse.Namespace:
 
 def child(on: str, scheme: str, folder: str) -> dict:
     """Measure in a new process that finds its caches in `folder` and no compiler driver."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "PYMOE_"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYMOE_")}
     environment |= {"PYMOE_CACHE_DIR": f"{folder}/pymoe", "CUPY_CACHE_DIR": f"{folder}/cupy", "PATH": "/usr/bin:/bin"}
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
     if shutil.which("nvcc", path=environment["PATH"]):
         raise SystemExit("nvcc is in /usr/bin or /bin: this machine cannot show that none is needed")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -116,12 +115,18 @@ def measure(on: str, scheme: str) -> dict:
     if scheme != "none":
         w1, w2, config = pymoe.quantize_experts(w1, w2, scheme)
 
+    def moved(operand):
+        """Return the operand of a quant config with its arrays on the device."""
+        arrays = {name: xp.asarray(value) for name, value in vars(operand).items() if isinstance(value, np.ndarray)}
+        return dataclasses.replace(operand, **arrays)
+
     def context():
         arrays = [xp.asarray(array) for array in (w1, w2, x.astype(bf16), logits)]
+        there = config and dataclasses.replace(config, w1=moved(config.w1), w2=moved(config.w2))
         wait()
-        return arrays
+        return *arrays, there
 
-    w1, w2, x, logits = timed("context", context)
+    w1, w2, x, logits, config = timed("context", context)
     layer = timed("layer", lambda: pymoe.MoELayer(w1, w2, topk=TOPK, quant_config=config))
 
     def call():

@@ -182,6 +182,8 @@ def _load(kernel: KernelId, compiled: CompiledKernel) -> Any:
     except driver.CUDADriverError as error:
         if "OUT_OF_MEMORY" in str(error):
             raise
+        if "NOT_INITIALIZED" in str(error):
+            raise toolkit.used_before_fork(str(error)) from None
         version = ".".join(map(str, toolkit.nvrtc_version()))
         rule = f"be new enough for kernels made by NVRTC {version}"
         remedy = "Update the driver, or install the extra of its CUDA version: pip install 'pymoe[cu12]'"

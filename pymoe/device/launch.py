@@ -145,9 +145,12 @@ class LaunchPlan:
             programmatic_stream_serialization=self.programmatic,
         )
 
+        # A handle says all that a launch needs, so one that is given to a new stream may keep its entry.
+        stream_of = lru_cache(maxsize=64)(core.Stream.from_handle)
+
         def launch(grid: object, block: object, args: tuple[Any, ...], shared_bytes: object) -> None:
-            pointers = (a.data.ptr if isinstance(a, cupy.ndarray) else a for a in args)
-            core.launch(cupy.cuda.get_current_stream(), config, kernel, *pointers)
+            pointers = [a.data.ptr if isinstance(a, cupy.ndarray) else a for a in args]
+            core.launch(stream_of(cupy.cuda.get_current_stream().ptr), config, kernel, *pointers)
 
         return launch
 
@@ -230,10 +233,15 @@ def _first_device() -> int:
 _current_device: Callable[[], int] = _first_device
 
 
+def _refuse_in_a_fork() -> int:
+    raise toolkit.used_before_fork()
+
+
 def _after_fork() -> None:
-    """In a child the driver refuses every call; asking anew says why, and what to do."""
+    """In a child of a process that has launched, the driver refuses every call, in words that do not say why."""
     global _current_device
-    _current_device = _first_device
+    if _current_device is not _first_device:
+        _current_device = _refuse_in_a_fork
 
 
 if hasattr(os, "register_at_fork"):

@@ -9,7 +9,8 @@ from typing import Any
 
 from pymoe.errors import BackendUnavailableError, complaint
 
-__all__ = ["check_arch", "cuda_core", "device_count", "include_path", "nvrtc_version", "why_no_device"]
+__all__ = ["check_arch", "cuda_core", "device_count", "include_path", "nvrtc_version", "used_before_fork",
+           "why_no_device"]  # fmt: skip
 
 INSTALL = "pip install 'pymoe[cu13]' (CUDA 12: 'pymoe[cu12]')"
 _NO_DRIVER, _INITIALIZATION_ERROR, _NO_DEVICE = 35, 3, 100
@@ -105,6 +106,12 @@ def why_no_device() -> str:
     return ""
 
 
+def used_before_fork(found: str = "a fork of one that had begun") -> BackendUnavailableError:
+    """Return the error of a process whose parent had used CUDA before it forked: the driver serves the parent only."""
+    remedy = 'Start workers by multiprocessing.get_context("spawn"), or use CUDA in the workers alone'
+    return BackendUnavailableError(complaint("pymoe", "the process", "begin to use CUDA itself", found, remedy))
+
+
 def _no_device(status: int, text: str) -> BackendUnavailableError:
     if status == _NO_DRIVER:
         remedy = "Install NVIDIA's driver, or a newer one; the NumPy path needs none"
@@ -112,9 +119,7 @@ def _no_device(status: int, text: str) -> BackendUnavailableError:
             complaint("pymoe", "the CUDA driver", "be installed and new enough", text, remedy)
         )
     if status == _INITIALIZATION_ERROR:
-        remedy = 'Start workers by multiprocessing.get_context("spawn"), before or after CUDA is used'
-        rule = "use CUDA in the process that began to"
-        return BackendUnavailableError(complaint("pymoe", "a forked process", rule, text, remedy))
+        return used_before_fork(text)
     remedy = "See nvidia-smi and CUDA_VISIBLE_DEVICES; the NumPy path needs no device"
     return BackendUnavailableError(complaint("pymoe", "a CUDA device", "be visible", text, remedy))
 

@@ -57,8 +57,10 @@ def _is_wide(name: list[str]) -> bool:
 def facts_of(compiled: CompiledKernel, *, sass: bool) -> Facts:
     """Return the facts of a kernel, its instructions only if `sass` asks for them."""
     log = compiled.log
+    # The assembler's warning of a spill repeats its numbers: only the line of the function's properties counts.
+    properties = "\n".join(line for line in log.splitlines() if "bytes stack frame" in line or "Used " in line)
     numbers = {
-        name: sum(int(found) for found in re.findall(pattern, log))
+        name: sum(int(found) for found in re.findall(pattern, properties))
         for name, pattern in (
             ("registers", r"Used (\d+) registers"), ("stack_bytes", r"(\d+) bytes stack frame"),
             ("spill_bytes", r"(\d+) bytes spill (?:stores|loads)"),

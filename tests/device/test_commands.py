@@ -130,7 +130,7 @@ def test_doctor_survives_libraries_that_crash(monkeypatch, tmp_path, capsys, fau
     [
         (35, "the CUDA driver must be installed and new enough; got old driver. Install NVIDIA's driver"),
         (100, "a CUDA device must be visible; got old driver. See nvidia-smi and CUDA_VISIBLE_DEVICES"),
-        (3, "a forked process must use CUDA in the process that began to; got old driver. Start workers by multip"),
+        (3, "the process must begin to use CUDA itself; got old driver. Start workers by multiprocessing.get_con"),
     ],
 )
 def test_H10_why_no_device(monkeypatch, status, text):

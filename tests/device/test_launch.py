@@ -189,6 +189,22 @@ def test_CuPys_own_launcher_packs_what_we_pass_and_refuses_what_we_refuse():
         assert not packs(arg)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_H10_a_fork_is_told_why_it_cannot_launch(monkeypatch):
+    """Only if its parent has launched before."""
+    for used, fits in ((launch._first_device, "_first_device"), (lambda: 0, "_refuse_in_a_fork")):
+        monkeypatch.setattr(launch, "_current_device", used)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if launch._current_device.__name__ == fits else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    monkeypatch.setattr(launch, "_current_device", launch._refuse_in_a_fork)
+    with pytest.raises(BackendUnavailableError, match="the process must begin to use CUDA itself; got a fork"):
+        plan()(0, np.float32(1), np.int64(5))
+
+
 @pytest.mark.gpu
 def test_launch(cuda, dirty_memory):
     out = gpu.filled(1000, "float32", dirty_memory)
