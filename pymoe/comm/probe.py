@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ TRANSPORTS = ("auto", "local", "shm", "host")
 """What may be asked for; "auto" takes the first that works, in the order of speed."""
 
 
-class Nodes(NamedTuple):
+@dataclass(frozen=True)
+class Nodes:
     """Which ranks share memory.
 
     Attributes
