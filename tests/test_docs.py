@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pymoe
-from tests import architecture, families_table
+from tests import architecture, families_table, support_table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -38,6 +38,10 @@ def test_readme_example(capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     exec(compile(code, "README.md", "exec"), {})
     assert "CpuExperts" in capsys.readouterr().out
+
+
+def test_readme_tables_of_support_are_what_the_library_answers():
+    assert support_table.written() == support_table.table(), "python -m tests.support_table"
 
 
 def test_readme_table_of_families_is_what_the_tests_cover():
