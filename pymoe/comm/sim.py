@@ -253,12 +253,17 @@ class SimTransfer(Transfer):
         self._to, self._from = rank_offsets(counts.send), rank_offsets(counts.receive)
         self.inbox = [np.full((int(self._from[-1]), width), POISON, np.uint8) for width in widths]
         self._due = set(np.flatnonzero(counts.receive).tolist())
+        self._started = False
 
     def send(self, payloads: Sequence[Payload]) -> None:
+        self._started = True
         for destination in np.flatnonzero(np.diff(self._to)).tolist():
             start, stop = self._to[destination], self._to[destination + 1]
             chunks = [rows[start:stop].copy() if order is None else rows[order[start:stop]] for rows, order in payloads]
             self._board.mail(*self._key, destination, self._rank, chunks)
+
+    def started(self) -> bool:
+        return self._started
 
     def missing(self) -> list[int]:
         for source, chunks in self._board.collect(*self._key, self._rank):
