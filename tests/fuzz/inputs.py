@@ -85,7 +85,7 @@ def read_all(tensors: SafetensorsFile | SafetensorsFolder) -> None:
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
     """Return the input with one value of its JSON replaced, renamed or removed, or with a few bytes changed."""
-    if len(data) < 2 or rng.random() < 0.3:
+    if len(data) < 2 or rng.random() < 0.1:
         return damaged(data, rng)
     kind, head, text, tail = data[:1], b"", data[1:], b""
     if kind[0] % (CONFIG + len(FORMS)) == FILE:
