@@ -9,8 +9,8 @@ namespace pymoe {
 
 extern __shared__ unsigned char shared_memory[];
 
-constexpr int SEGMENT = 4096;  // slots of a block where there are many; ranks within it fit 16 bits
-constexpr int SCRATCH = 36;    // numbers that block_exclusive_sum needs, in units of 16 bytes
+constexpr int SEGMENT = 2048;  // slots of a block where there are many; ranks within it fit 16 bits
+constexpr int SCRATCH = 64;    // words that block_exclusive_sum needs
 
 // The sizes of a sort; _cuda.py packs them.
 struct Sizes {
@@ -25,26 +25,36 @@ __device__ __forceinline__ Routing routing_of(const void* ids, const int32* expe
     return {ids, n.ids_kind, expert_map, n.ids_end, n.E, n.topk};
 }
 
-// Shared memory: 4 (SCRATCH + 3 E + S) + 2 warps E bytes.
+// Shared memory: 4 (SCRATCH + 3 E + S) + 2 warps E bytes, the parts rounded up to 16 bytes; PACKED: 4 S more.
 template <Layout LAYOUT>
-__global__ void permute_kernel(int32* row_to_slot, int32* slot_to_row, int32* offsets, int4* tiles,
-                               int32* tile_experts, int32* tile_count, const void* ids, const int32* expert_map,
-                               const int32* labels, Sizes n) {
-    int32* scratch = reinterpret_cast<int32*>(shared_memory);
-    int32 *counts = scratch + SCRATCH, *start = counts + n.E, *tile_start = start + n.E;
-    uint32* state = reinterpret_cast<uint32*>(tile_start + n.E);
-    uint16* hist = reinterpret_cast<uint16*>(state + n.S);
+__global__ void __launch_bounds__(1024, 1)
+    permute_kernel(int32* row_to_slot, int32* slot_to_row, int32* offsets, int4* tiles, int32* tile_experts,
+                   int32* tile_count, const void* ids, const int32* expert_map, const int32* labels, Sizes n) {
+    uint64* scratch = reinterpret_cast<uint64*>(shared_memory);
+    int32 *counts = reinterpret_cast<int32*>(shared_memory) + SCRATCH, *start = counts + n.E;
+    int32* tile_start = start + n.E;
+    uint4* zeros = reinterpret_cast<uint4*>(shared_memory + (4 * (SCRATCH + 3 * n.E) + 15) / 16 * 16);
+    uint16* hist = reinterpret_cast<uint16*>(zeros);
+    int words = (2 * n.warps * n.E + 15) / 16;
+    uint32* state = reinterpret_cast<uint32*>(zeros + words);
+    int32* staged = reinterpret_cast<int32*>(state + n.S);
     Routing routing = routing_of(ids, expert_map, n);
-    for (int i = threadIdx.x; i < n.warps * n.E; i += blockDim.x) hist[i] = 0;
-    if (LAYOUT != SLABS)
+    for (int i = threadIdx.x; i < words; i += blockDim.x) zeros[i] = make_uint4(0, 0, 0, 0);
+    if (LAYOUT == PADDED)
         for (int i = threadIdx.x; i < n.fill_count; i += blockDim.x) row_to_slot[i] = n.fill;
     __syncthreads();
     rank_slots<LAYOUT>(hist, state, routing, 0, n.S, n.warps);
     sum_warps(counts, hist, n.E, n.warps);
     Sorted out = {offsets, tiles, tile_experts, tile_count, labels, n.tile_capacity, n.tile_rows, n.slab_rows};
     lay_out<LAYOUT>(start, counts, tile_start, out, n.E, scratch);
-    __syncthreads();
-    place_slots<LAYOUT>(row_to_slot, slot_to_row, start, hist, state, routing, 0, n.S, n.warps, n.slab_rows);
+    // Scattered into shared memory and then copied: scattered stores leave a multiprocessor one at a time.
+    place_slots<LAYOUT>(LAYOUT == PACKED ? staged : row_to_slot, slot_to_row, start, hist, state, routing, 0, n.S,
+                        n.warps, n.slab_rows);
+    if (LAYOUT == PACKED) {
+        __syncthreads();
+        int rows = n.E > 0 ? start[n.E - 1] + counts[n.E - 1] : 0;
+        for (int i = threadIdx.x; i < n.S; i += blockDim.x) row_to_slot[i] = i < rows ? staged[i] : n.fill;
+    }
 }
 
 // segment_counts (segments, E): the slots of each expert in each segment; also fills row_to_slot.
@@ -72,38 +82,56 @@ __global__ void permute_count_kernel(int32* segment_counts, int32* row_to_slot, 
 }
 
 // One block.  Turns segment_counts into sums over the segments before, writes the experts' first rows to starts (E) and
-// all that does not depend on single slots.  Shared memory: 4 (SCRATCH + 3 E) bytes.
+// all that does not depend on single slots.  Shared memory: 4 (SCRATCH + 3 E + max(E, threads)) bytes.
 template <Layout LAYOUT>
-__global__ void permute_scan_kernel(int32* segment_counts, int32* starts, int32* offsets, int4* tiles,
+__global__ void __launch_bounds__(1024, 1)
+    permute_scan_kernel(int32* segment_counts, int32* starts, int32* offsets, int4* tiles,
                                     int32* tile_experts, int32* tile_count, const int32* labels, int segments,
                                     Sizes n) {
     constexpr int AHEAD = 8;  // loads in flight; the sum alone would wait for each
-    int32* scratch = reinterpret_cast<int32*>(shared_memory);
-    int32 *counts = scratch + SCRATCH, *start = counts + n.E, *tile_start = start + n.E;
-    for (int e = threadIdx.x; e < n.E; e += blockDim.x) {
-        int32 running = 0;
+    uint64* scratch = reinterpret_cast<uint64*>(shared_memory);
+    int32 *counts = reinterpret_cast<int32*>(shared_memory) + SCRATCH, *start = counts + n.E;
+    int32 *tile_start = start + n.E, *part_sums = tile_start + n.E;
+    // Threads that share an expert take equal runs of the segments.
+    int parts = max(1, static_cast<int>(blockDim.x) / max(n.E, 1));
+    int run = (segments + parts - 1) / parts;
+    for (int i = threadIdx.x; i < n.E * parts; i += blockDim.x) {
+        int e = i % n.E, last = min((i / n.E + 1) * run, segments);
+        int32 sum = 0;
+#pragma unroll AHEAD
+        for (int b = i / n.E * run; b < last; ++b) sum += segment_counts[static_cast<int64>(b) * n.E + e];
+        part_sums[i] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n.E * parts; i += blockDim.x) {
+        int e = i % n.E, part = i / n.E, last = min((part + 1) * run, segments);
+        int32 running = 0, all = 0;
+        for (int p = 0; p < parts; ++p) {
+            if (p < part) running += part_sums[p * n.E + e];
+            all += part_sums[p * n.E + e];
+        }
+        if (part == 0) counts[e] = all;
         int32* column = segment_counts + e;
-        for (int b = 0; b < segments; b += AHEAD) {
+        for (int b = part * run; b < last; b += AHEAD) {
             int32 here[AHEAD];
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) here[i] = b + i < segments ? column[static_cast<int64>(b + i) * n.E] : 0;
+            for (int k = 0; k < AHEAD; ++k) here[k] = b + k < last ? column[static_cast<int64>(b + k) * n.E] : 0;
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                if (b + i < segments) column[static_cast<int64>(b + i) * n.E] = running;
-                running += here[i];
+            for (int k = 0; k < AHEAD; ++k) {
+                if (b + k < last) column[static_cast<int64>(b + k) * n.E] = running;
+                running += here[k];
             }
         }
-        counts[e] = running;
     }
     Sorted out = {offsets, tiles, tile_experts, tile_count, labels, n.tile_capacity, n.tile_rows, n.slab_rows};
     lay_out<LAYOUT>(start, counts, tile_start, out, n.E, scratch);
-    __syncthreads();
     for (int e = threadIdx.x; e < n.E; e += blockDim.x) starts[e] = start[e];
 }
 
 // Shared memory: 4 (E + SEGMENT) + 2 warps E bytes.
 template <Layout LAYOUT>
-__global__ void permute_place_kernel(int32* row_to_slot, int32* slot_to_row, const int32* segment_counts,
+__global__ void __launch_bounds__(1024, 1)
+    permute_place_kernel(int32* row_to_slot, int32* slot_to_row, const int32* segment_counts,
                                      const int32* starts, const void* ids, const int32* expert_map, Sizes n) {
     int32* base = reinterpret_cast<int32*>(shared_memory);
     uint32* state = reinterpret_cast<uint32*>(base + n.E);
@@ -114,7 +142,7 @@ __global__ void permute_place_kernel(int32* row_to_slot, int32* slot_to_row, con
     for (int i = threadIdx.x; i < n.warps * n.E; i += blockDim.x) hist[i] = 0;
     __syncthreads();
     rank_slots<LAYOUT>(hist, state, routing, first, count, n.warps);
-    sum_warps(base, hist, n.E, n.warps);
+    sum_warps(nullptr, hist, n.E, n.warps);
     for (int e = threadIdx.x; e < n.E; e += blockDim.x)
         base[e] = starts[e] + segment_counts[static_cast<int64>(blockIdx.x) * n.E + e];
     __syncthreads();
@@ -125,8 +153,8 @@ __global__ void permute_place_kernel(int32* row_to_slot, int32* slot_to_row, con
 // Shared memory: 4 (SCRATCH + 3 E) bytes.
 __global__ void work_list_kernel(int4* tiles, int32* tile_count, const int32* counts, int E, int slab_rows,
                                  int tile_rows) {
-    int32* scratch = reinterpret_cast<int32*>(shared_memory);
-    int32 *live = scratch + SCRATCH, *start = live + E, *tile_start = start + E;
+    uint64* scratch = reinterpret_cast<uint64*>(shared_memory);
+    int32 *live = reinterpret_cast<int32*>(shared_memory) + SCRATCH, *start = live + E, *tile_start = start + E;
     for (int e = threadIdx.x; e < E; e += blockDim.x) live[e] = max(counts[e], 0);
     Sorted out = {nullptr, tiles, nullptr, tile_count, nullptr, 0, tile_rows, slab_rows};
     lay_out<SLABS>(start, live, tile_start, out, E, scratch);

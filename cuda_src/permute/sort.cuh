@@ -1,8 +1,8 @@
 // The stable counting sort of routed slots by local expert: the parts that one block and many blocks share.
 //
-// A warp owns a run of consecutive slots and walks it 32 at a time.  Lanes with the same expert find each other by a
-// match, and the lanes before a lane in its match are its rank; a 16-bit counter a warp and expert carries the rank from
-// step to step.  So a slot's place depends on the ids alone.
+// A warp owns a run of consecutive slots and walks it 32 at a time.  Lanes with the same expert find each other by votes
+// on the bits of its number (a match instruction takes longer), and the lanes before a lane among them are its rank; a
+// 16-bit counter a warp and expert carries the rank from step to step.  So a slot's place depends on the ids alone.
 #pragma once
 
 #include "common/elements.cuh"
@@ -32,7 +32,8 @@ struct Routing {
 
     // The local expert of slot s, -1 for none; only legal ids become an index.
     __device__ __forceinline__ int expert_of(int64 s) const {
-        int64 id = load_integer(ids, s, ids_kind);
+        // int32, which routing gives, first: the others cost a jump.
+        int64 id = ids_kind == 4 ? static_cast<const int32*>(ids)[s] : load_integer(ids, s, ids_kind);
         if (id < 0 || id >= ids_end) return -1;
         int local = expert_map == nullptr ? static_cast<int>(id) : expert_map[id];
         return local >= 0 && local < E ? local : -1;
@@ -46,45 +47,88 @@ struct Routing {
     }
 };
 
+// The lanes whose `value`, of `bits` bits, is this lane's.
+__device__ __forceinline__ unsigned lanes_with(uint32 value, int bits) {
+    unsigned same = FULL;
+    for (int b = 0; b < bits; ++b) {
+        bool set = (value >> b & 1u) != 0;
+        unsigned vote = __ballot_sync(FULL, set);
+        same &= set ? vote : ~vote;
+    }
+    return same;
+}
+
 // Counts the slots [first, first + count) by warp and expert into hist (warps, E) and notes, for each of them, its rank
 // within its warp and its expert in `state`.  `warps` warps of the block work; hist is 0 before.  Ends with a barrier.
 template <Layout LAYOUT>
-__device__ void rank_slots(uint16* hist, uint32* state, const Routing& routing, int64 first, int count,
-                           int warps) {
+__device__ void rank_slots(uint16* hist, uint32* state, const Routing& routing, int64 first, int count, int warps) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int run = (count + warps * WARP - 1) / (warps * WARP) * WARP;
+    int bits = 32 - __clz(routing.E);  // numbers 0 .. E, where E stands for none
     if (warp < warps) {
         uint16* mine = hist + warp * routing.E;
-        for (int i = warp * run + lane; i - lane < min((warp + 1) * run, count); i += WARP) {
-            int local = i < count ? routing.expert_of(first + i) : -1;
+        int stop = min((warp + 1) * run, count);
+        auto expert_at = [&](int i) {
+            int local = i < stop ? routing.expert_of(first + i) : -1;
             if (LAYOUT == SLABS && local >= 0 && routing.repeats(first + i, local)) local = -1;
-            unsigned same = __match_any_sync(FULL, local);
+            return local;
+        };
+        int next = expert_at(warp * run + lane);
+        for (int i = warp * run + lane; i - lane < stop; i += WARP) {
+            int local = next;
+            next = expert_at(i + WARP);  // on its way while this step is ranked
+            unsigned same = lanes_with(local < 0 ? routing.E : local, bits);
             unsigned before = same & ((1u << lane) - 1);
             int rank = 0;
             if (local >= 0) rank = mine[local] + __popc(before);
             __syncwarp();
             if (local >= 0 && before == 0) mine[local] = static_cast<uint16>(rank + __popc(same));
             __syncwarp();
-            if (i < count) state[i] = static_cast<uint32>(rank) << 16 | (static_cast<uint32>(local) & NOWHERE);
+            if (i < stop) state[i] = static_cast<uint32>(rank) << 16 | (static_cast<uint32>(local) & NOWHERE);
         }
     }
     __syncthreads();
 }
 
-// Turns counts by warp into sums over the warps before, and writes the sum over all to totals (E).
+// Turns counts by warp into sums over the warps before, and writes the sum over all to totals (E), if wanted.
 __device__ __forceinline__ void sum_warps(int32* totals, uint16* hist, int E, int warps) {
-    for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        int running = 0;
-        for (int w = 0; w < warps; ++w) {
-            int here = hist[w * E + e];
-            hist[w * E + e] = static_cast<uint16>(running);
-            running += here;
+    constexpr int AHEAD = 8;  // loads in flight; the sum alone would wait for each
+    // Neighbouring lanes share an expert, each a run of the warps.
+    int parts = 1;
+    while (parts < WARP && parts < warps && parts * 2 * E <= static_cast<int>(blockDim.x)) parts *= 2;
+    int part = threadIdx.x % parts, run = (warps + parts - 1) / parts;
+    int first = min(part * run, warps), last = min(first + run, warps);
+    int step = blockDim.x / parts;
+    for (int base = 0; base < E; base += step) {
+        int e = base + threadIdx.x / parts;
+        int sum = 0;
+        if (e < E) {
+#pragma unroll AHEAD
+            for (int w = first; w < last; ++w) sum += hist[w * E + e];
         }
-        totals[e] = running;
+        int running = sum;
+        for (int by = 1; by < parts; by *= 2) {
+            int below = __shfl_up_sync(FULL, running, by);
+            if (part >= by) running += below;
+        }
+        if (e >= E) continue;
+        if (part == parts - 1 && totals != nullptr) totals[e] = running;
+        running -= sum;
+        for (int w = first; w < last; w += AHEAD) {
+            int here[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) here[i] = w + i < last ? hist[(w + i) * E + e] : 0;
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) {
+                if (w + i < last) hist[(w + i) * E + e] = static_cast<uint16>(running);
+                running += here[i];
+            }
+        }
     }
 }
 
 // Writes the places of the slots [first, first + count); base (E) is the row of an expert's first slot among them.
+// row_to_slot may be shared memory.
 template <Layout LAYOUT>
 __device__ void place_slots(int32* row_to_slot, int32* slot_to_row, const int32* base, const uint16* hist,
                             const uint32* state, const Routing& routing, int64 first, int count, int warps,
@@ -128,36 +172,51 @@ struct Sorted {
 };
 
 // From the rows of each expert: the row each starts at (start, E), the list of tiles, and what else the layout promises.
-// All threads of the block; counts (E) and tile_start (E) are shared memory, and start may be too.  A barrier after it.
+// All threads of the block; counts (E) and tile_start (E) are shared memory, and start may be too.  Begins with a
+// barrier; the caller needs one after it.
 template <Layout LAYOUT>
-__device__ void lay_out(int32* start, int32* counts, int32* tile_start, const Sorted& out, int E, int32* scratch) {
+__device__ void lay_out(int32* start, int32* counts, int32* tile_start, const Sorted& out, int E, uint64* scratch) {
     __syncthreads();
-    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+    int each = (E + blockDim.x - 1) / blockDim.x;
+    int first = min(static_cast<int>(threadIdx.x) * each, E), last = min(first + each, E);
+    int shift = __ffs(out.tile_rows) - 1;
+    bool is_power = 1 << shift == out.tile_rows;
+    // Rows below, tiles above: one sum of both.
+    auto both_of = [&](int e) {
+        int rows = LAYOUT == SLABS ? min(counts[e], out.slab_rows) : counts[e];
+        uint32 most = static_cast<uint32>(rows + out.tile_rows - 1);
+        uint32 tiles = is_power ? most >> shift : most / static_cast<uint32>(out.tile_rows);  // a division takes long
+        return static_cast<uint64>(tiles) << 32 | static_cast<uint32>(rows);
+    };
+    uint64 mine = 0, total;
+    for (int e = first; e < last; ++e) mine += both_of(e);
+    uint64 running = block_exclusive_sum(mine, scratch, total);
+    for (int e = first; e < last; ++e) {
+        int32 rows = static_cast<int32>(running), tiles = static_cast<int32>(running >> 32);
+        running += both_of(e);
+        tile_start[e] = tiles;
+        start[e] = LAYOUT == PACKED ? rows : LAYOUT == PADDED ? tiles * out.tile_rows : e * out.slab_rows;
         if (LAYOUT == SLABS) counts[e] = min(counts[e], out.slab_rows);
-        tile_start[e] = (counts[e] + out.tile_rows - 1) / out.tile_rows;
-        start[e] = LAYOUT == PACKED ? counts[e] : e * out.slab_rows;
+        if (LAYOUT != PADDED && out.offsets != nullptr) out.offsets[e] = LAYOUT == PACKED ? rows : counts[e];
+    }
+    int32 tiles = static_cast<int32>(total >> 32);
+    if (threadIdx.x == 0) {
+        out.tile_count[0] = LAYOUT == PADDED ? tiles * out.tile_rows : tiles;
+        if (LAYOUT == PACKED) out.offsets[E] = static_cast<int32>(total);
     }
     __syncthreads();
-    int32 rows = LAYOUT == PACKED ? exclusive_sums(start, E, scratch) : 0;
-    int32 tiles = exclusive_sums(tile_start, E, scratch);
     if (LAYOUT == PADDED) {
-        for (int e = threadIdx.x; e < E; e += blockDim.x) start[e] = tile_start[e] * out.tile_rows;
         for (int t = threadIdx.x; t < out.tile_capacity; t += blockDim.x) {
             int e = t < tiles ? last_at_most(tile_start, E, t) : -1;
             out.tile_experts[t] = e < 0 || out.labels == nullptr ? e : out.labels[e];
         }
     } else {
-        if (out.offsets != nullptr) {
-            for (int e = threadIdx.x; e < E; e += blockDim.x) out.offsets[e] = LAYOUT == PACKED ? start[e] : counts[e];
-            if (LAYOUT == PACKED && threadIdx.x == 0) out.offsets[E] = rows;
-        }
         for (int t = threadIdx.x; t < tiles; t += blockDim.x) {
             int e = last_at_most(tile_start, E, t);
             int done = (t - tile_start[e]) * out.tile_rows;
             out.tiles[t] = make_int4(e, start[e] + done, min(counts[e] - done, out.tile_rows), 0);
         }
     }
-    if (threadIdx.x == 0) out.tile_count[0] = LAYOUT == PADDED ? tiles * out.tile_rows : tiles;
 }
 
 }  // namespace pymoe

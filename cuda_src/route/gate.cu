@@ -58,17 +58,21 @@ __device__ __forceinline__ void split(uint32 (&pairs)[Pieces<Elem>::COUNT][4], c
     }
 }
 
-// 8 neighbours of a row, zeros outside the matrix.
-template <typename Elem>
-__device__ __forceinline__ Pack<Elem, EACH> load_each(const Elem* matrix, int64 row, int64 rows, int column, int K,
-                                                      bool aligned) {
-    Pack<Elem, EACH> x = {};
-    if (row >= rows || column >= K) return x;
-    const Elem* from = matrix + row * K + column;
-    if (aligned) return *reinterpret_cast<const Pack<Elem, EACH>*>(from);
+// 8 neighbours of a row, zeros from column K on.  No branch: a load behind one would wait for the load before it.
+template <bool ALIGNED, typename Elem>
+__device__ __forceinline__ Pack<Elem, EACH> load_each(const Elem* row, int column, int K) {
+    Pack<Elem, EACH> x;
+    if constexpr (ALIGNED) {
+        // Columns come in eights, so the last eight stand in for those that are not there.
+        x = *reinterpret_cast<const Pack<Elem, EACH>*>(row + min(column, K - EACH));
+        if (column >= K) x = {};
+    } else {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i)
-        if (column + i < K) x.at[i] = from[i];
+        for (int i = 0; i < EACH; ++i) {
+            Elem value = row[min(column + i, K - 1)];
+            x.at[i] = column + i < K ? value : from_float<Elem>(0.0f);
+        }
+    }
     return x;
 }
 
@@ -93,19 +97,29 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32 (&low)[Pi
     }
 }
 
-// WARPS is 8 or 16: with 8, a warp sums two slices.
-template <typename X, typename W, int MT, int NT, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32)
-    gate_kernel(float* logits, const X* x, const W* weight, const float* bias, int M, int E, int K, int aligned) {
+// WARPS is 8 or 16: with 8, a warp sums two slices.  ALIGNED: K % 8 == 0, and both operands to 16 bytes.
+template <typename X, typename W, int MT, int NT, int WARPS, bool ALIGNED>
+__global__ void __launch_bounds__(WARPS * 32, 1)
+    gate_kernel(float* logits, const X* x, const W* weight, const float* bias, int M, int E, int K) {
     constexpr int TOKENS = 16 * MT, EXPERTS = 8 * NT, TILE = TOKENS * EXPERTS;
     // Chunks in flight, as far as 128 registers go.
-    constexpr int AHEAD = MT * NT > 1 ? 1 : sizeof(X) + sizeof(W) > 4 ? 2 : 4;
+    constexpr int AHEAD = MT * NT > 1 || !ALIGNED ? 1 : sizeof(X) + sizeof(W) > 4 ? 2 : 4;
     extern __shared__ unsigned char shared_memory[];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     float* partial = reinterpret_cast<float*>(shared_memory) + warp * TILE;
     int expert_tiles = (E + EXPERTS - 1) / EXPERTS;
     int64 token = static_cast<int64>(blockIdx.x) / expert_tiles * TOKENS;
     int expert = static_cast<int>(blockIdx.x % expert_tiles) * EXPERTS;
+    // Rows that are not there repeat the last one; what comes of them is not stored.
+    const X* tokens[MT][2];
+    const W* experts[NT];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            tokens[m][half] = x + min(token + 16 * m + 8 * half + g, static_cast<int64>(M - 1)) * K;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) experts[n] = weight + static_cast<int64>(min(expert + 8 * n + g, E - 1)) * K;
 
 #pragma unroll 1
     for (int slice = warp; slice < SLICES; slice += WARPS) {
@@ -118,13 +132,11 @@ __global__ void __launch_bounds__(WARPS * 32)
             for (int i = 0; i < AHEAD; ++i) {
                 int column = base + i * SLICES * CHUNK + t * EACH;
 #pragma unroll
-                for (int n = 0; n < NT; ++n)
-                    columns[i][n] = load_each(weight, expert + 8 * n + g, E, column, K, aligned);
+                for (int n = 0; n < NT; ++n) columns[i][n] = load_each<ALIGNED>(experts[n], column, K);
 #pragma unroll
                 for (int m = 0; m < MT; ++m)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        rows[i][m][half] = load_each(x, token + 16 * m + 8 * half + g, M, column, K, aligned);
+                    for (int half = 0; half < 2; ++half) rows[i][m][half] = load_each<ALIGNED>(tokens[m][half], column, K);
             }
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i) {

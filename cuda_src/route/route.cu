@@ -1,11 +1,12 @@
 // Routing: weights and ids of the topk best experts of every token; pymoe/ops/route/_numpy.py defines the bits.
 //
-// One warp a token.  Lane l holds the logits of the experts e with e % 32 == l, which is also the order in which the
-// definition adds up a softmax denominator: 32 partial sums, then halves folded, so a butterfly gives its bits.
-// Selection takes the largest key of the warp topk times: one reduction finds the value, one the lowest id that has it.
+// Many tokens: one warp each.  Few: a block each, whose warps share the scores, since float64 steps take long one after
+// another; one warp selects.  It takes the largest key topk times: a reduction finds the value, a vote the lowest id.
+// The definition adds up a softmax denominator in 32 partial sums, lane l the experts e with e % 32 == l, and folds
+// halves, so a butterfly gives its bits.
 //
-// Shared memory of a warp: 12 topk + 8 E + 8 groups bytes, `shared_bytes` in _cuda.py: the weights in float64 and the
-// chosen ids, the scores (logits, where they decide) and keys of all experts, two numbers a group.
+// Shared memory of a token, `shared_bytes` in _cuda.py: the weights in float64 and the chosen ids, the scores (logits,
+// where they decide) and keys of all experts, two numbers a group, and a number a warp.
 #include "common/elements.cuh"
 #include "route/scores.cuh"
 
@@ -29,18 +30,26 @@ struct Rule {  // the fields of pymoe/ops/route/_rule.py
 
 extern __shared__ unsigned char shared_memory[];
 
-// Writes the cleaned logits of a row to `x` and returns the largest.
+// All threads of a token have come here; a token has one warp, or a block of its own.
+__device__ __forceinline__ void token_barrier() {
+    if (blockDim.y > 1)
+        __syncthreads();
+    else
+        __syncwarp();
+}
+
+// Writes the cleaned logits of a row to `x` and returns the order of the largest that this warp saw.
 template <typename Elem>
-__device__ __forceinline__ float load_row(float* x, const void* logits, int64 start, int E, int lane) {
+__device__ __forceinline__ int32 load_row(float* x, const void* logits, int64 start, int E, int first, int step) {
     const Elem* row = static_cast<const Elem*>(logits) + start;
     int32 best = CLOSED;
-#pragma unroll 8
-    for (int e = lane; e < E; e += WARP) {
+#pragma unroll 4
+    for (int e = first; e < E; e += step) {
         float v = clean(to_float(row[e]));
         x[e] = v;
         best = max(best, ordered(v));
     }
-    return unordered(__reduce_max_sync(FULL, best));
+    return __reduce_max_sync(FULL, best);
 }
 
 // Denominator of the softmax over all experts.
@@ -63,65 +72,69 @@ __device__ __forceinline__ float score_of(float x, int scoring, double top, doub
 }
 
 // Sets the keys of experts outside the topk_group best groups to CLOSED; `scratch` has room for two numbers a group.
-__device__ void close_groups(int32* key, int32* scratch, int E, const Rule& rule, int lane) {
+// Ends with a barrier.
+__device__ void close_groups(int32* key, int32* scratch, int E, const Rule& rule, int first, int step) {
     int groups = rule.groups;
     int32 *group_key = scratch, *kept = scratch + groups;
     int width = E / groups;
     // The lanes that share a group: a power of two, so that a butterfly joins their two best.
     int team = 1;
-    while (team * 2 * groups <= WARP) team *= 2;
-    __syncwarp();
-    for (int base = 0; base < groups; base += WARP / team) {
-        int g = base + lane / team;
-        int32 first = CLOSED, second = CLOSED;
+    while (team < WARP && team * 2 * groups <= step) team *= 2;
+    for (int base = 0; base < groups; base += step / team) {
+        int g = base + first / team;
+        int32 best = CLOSED, second = CLOSED;
         if (g < groups) {
-            for (int i = lane % team; i < width; i += team) {
+            for (int i = first % team; i < width; i += team) {
                 int32 k = key[g * width + i];
-                second = max(second, min(first, k));
-                first = max(first, k);
+                second = max(second, min(best, k));
+                best = max(best, k);
             }
         }
         for (int half = team / 2; half > 0; half /= 2) {
-            int32 other_first = __shfl_xor_sync(FULL, first, half), other_second = __shfl_xor_sync(FULL, second, half);
-            second = max(min(first, other_first), max(second, other_second));
-            first = max(first, other_first);
+            int32 other_best = __shfl_xor_sync(FULL, best, half), other_second = __shfl_xor_sync(FULL, second, half);
+            second = max(min(best, other_best), max(second, other_second));
+            best = max(best, other_best);
         }
-        if (g < groups && lane % team == 0) {
-            float sum = rule.group_best == 2 ? __fadd_rn(unordered(first), unordered(second)) : unordered(first);
+        if (g < groups && first % team == 0) {
+            float sum = rule.group_best == 2 ? __fadd_rn(unordered(best), unordered(second)) : unordered(best);
             group_key[g] = ordered(sum);
         }
     }
-    __syncwarp();
+    token_barrier();
     // A group stays if fewer than topk_group others are larger, or as large with a lower number.
-    for (int g = lane; g < groups; g += WARP) {
+    for (int g = first; g < groups; g += step) {
         int32 mine = group_key[g];
         int ahead = 0;
+#pragma unroll 8
         for (int other = 0; other < groups; ++other) {
             int32 k = group_key[other];
             ahead += k > mine || (k == mine && other < g);
         }
         kept[g] = ahead < rule.topk_group;
     }
-    __syncwarp();
-    for (int e = lane; e < E; e += WARP)
+    token_barrier();
+    for (int e = first; e < E; e += step)
         if (!kept[e / width]) key[e] = CLOSED;
+    token_barrier();
 }
 
 // Writes the ids of the largest keys in descending order, ties to the lowest id.
+// Lane l holds the experts from l * ITEMS on, so the first lane that has the largest key has the lowest id.
 template <int ITEMS>
 __device__ __forceinline__ void choose(int32* chosen, const int32* keys, int E, int topk, int lane) {
-    int32 key[ITEMS], best = CLOSED, place = 0;
+    int32 key[ITEMS], best = CLOSED;
+    int place = 0;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        key[i] = i * WARP + lane < E ? keys[i * WARP + lane] : CLOSED;
+        key[i] = lane * ITEMS + i < E ? keys[lane * ITEMS + i] : CLOSED;
         if (key[i] > best) best = key[i], place = i;
     }
     for (int j = 0; j < topk; ++j) {
         int32 top = __reduce_max_sync(FULL, best);
-        int32 e = __reduce_min_sync(FULL, best == top ? place * WARP + lane : 0x7fffffff);
-        if (lane == 0) chosen[j] = e;
-        if (e % WARP == lane) {
-            int taken = e / WARP;
+        unsigned owners = __ballot_sync(FULL, best == top);
+        if (lane == __ffs(owners) - 1) {
+            chosen[j] = lane * ITEMS + place;
+            int taken = place;
             best = CLOSED, place = 0;
 #pragma unroll
             for (int i = 0; i < ITEMS; ++i) {
@@ -133,42 +146,10 @@ __device__ __forceinline__ void choose(int32* chosen, const int32* keys, int E, 
     __syncwarp();
 }
 
-template <int ITEMS>
-__global__ void route_kernel(float* weights, int32* ids, const void* logits, const float* bias, Sizes n, Rule rule) {
-    int lane = threadIdx.x, E = n.E, topk = rule.topk, groups = rule.groups, scoring = rule.scoring;
-    int64 row = static_cast<int64>(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (row >= n.M) return;
-    bool by_logit = bias == nullptr && groups == 0;
-    int bytes = 12 * topk + 8 * E + 8 * groups;
-    unsigned char* mine = shared_memory + static_cast<int>(threadIdx.y) * ((bytes + 15) / 16 * 16);
-    double* w = reinterpret_cast<double*>(mine);
-    int32* chosen = reinterpret_cast<int32*>(w + topk);
-    float* score = reinterpret_cast<float*>(chosen + topk);
-    int32* key = reinterpret_cast<int32*>(score + E);
-
-    float top;
-    switch (n.logits_kind) {
-        case 0: top = load_row<float>(score, logits, row * E, E, lane); break;
-        case 1: top = load_row<fp16>(score, logits, row * E, E, lane); break;
-        case 2: top = load_row<bf16>(score, logits, row * E, E, lane); break;
-        default: top = load_row<double>(score, logits, row * E, E, lane); break;
-    }
-    weights += row * topk;
-    ids += row * topk;
-    if (!(top > __uint_as_float(MINUS_INFINITY))) {
-        for (int j = lane; j < topk; j += WARP) ids[j] = j, weights[j] = 0.0f;
-        return;
-    }
-    double total = scoring == SOFTMAX ? softmax_total(score, top, E, lane) : 1.0;
-#pragma unroll 2
-    for (int e = lane; e < E; e += WARP) {
-        float s = score[e];
-        if (!by_logit) score[e] = s = score_of(s, scoring, top, total);
-        key[e] = ordered(bias == nullptr ? s : __fadd_rn(s, bias[e]));
-    }
-    if (groups > 0 && rule.topk_group < groups) close_groups(key, key + E, E, rule, lane);
-    choose<ITEMS>(chosen, key, E, topk, lane);
-
+// Writes the weights and ids of the chosen experts; one warp.
+__device__ __forceinline__ void weigh(float* weights, int32* ids, double* w, const int32* chosen, const float* score,
+                                      double top, double total, bool by_logit, const Rule& rule, int lane) {
+    int topk = rule.topk, scoring = rule.scoring;
     for (int j = lane; j < topk; j += WARP) {
         float s = score[chosen[j]];
         if (scoring == CHOSEN) {
@@ -182,14 +163,70 @@ __global__ void route_kernel(float* weights, int32* ids, const void* logits, con
     __syncwarp();
     bool divides = rule.renormalize || scoring == CHOSEN;
     double sum = 0.0;
-    if (divides)
+    if (divides) {
+#pragma unroll 8
         for (int j = 0; j < topk; ++j) sum = __dadd_rn(sum, w[j]);
+    }
     for (int j = lane; j < topk; j += WARP) {
         double v = w[j];
         if (divides) v = sum > 0.0 ? __ddiv_rn(v, __dadd_rn(sum, rule.epsilon)) : 0.0;
         weights[j] = __double2float_rn(__dmul_rn(v, rule.scale));
         ids[j] = chosen[j];
     }
+}
+
+// Blocks are (32, warps of a token, tokens); one of the last two is 1.
+template <int ITEMS>
+__global__ void __launch_bounds__(256, 1)
+    route_kernel(float* weights, int32* ids, const void* logits, const float* bias, Sizes n, Rule rule) {
+    int lane = threadIdx.x, E = n.E, topk = rule.topk, groups = rule.groups, scoring = rule.scoring;
+    int first = threadIdx.y * WARP + lane, step = blockDim.y * WARP;
+    int64 row = static_cast<int64>(blockIdx.x) * blockDim.z + threadIdx.z;
+    if (row >= n.M) return;
+    bool by_logit = bias == nullptr && groups == 0;
+    int bytes = 12 * topk + 8 * E + 8 * groups + 8 * WARP;
+    unsigned char* mine = shared_memory + static_cast<int>(threadIdx.z) * ((bytes + 15) / 16 * 16);
+    double* w = reinterpret_cast<double*>(mine);
+    int32* chosen = reinterpret_cast<int32*>(w + topk);
+    float* score = reinterpret_cast<float*>(chosen + topk);
+    int32* key = reinterpret_cast<int32*>(score + E);
+    int32* warp_best = key + E + 2 * groups;
+
+    int32 best;
+    switch (n.logits_kind) {
+        case 0: best = load_row<float>(score, logits, row * E, E, first, step); break;
+        case 1: best = load_row<fp16>(score, logits, row * E, E, first, step); break;
+        case 2: best = load_row<bf16>(score, logits, row * E, E, first, step); break;
+        default: best = load_row<double>(score, logits, row * E, E, first, step); break;
+    }
+    if (blockDim.y > 1) {
+        if (lane == 0) warp_best[threadIdx.y] = best;
+        __syncthreads();
+        best = __reduce_max_sync(FULL, lane < static_cast<int>(blockDim.y) ? warp_best[lane] : CLOSED);
+    } else {
+        __syncwarp();
+    }
+    float top = unordered(best);
+    weights += row * topk;
+    ids += row * topk;
+    if (!(top > __uint_as_float(MINUS_INFINITY))) {
+        for (int j = first; j < topk; j += step) ids[j] = j, weights[j] = 0.0f;
+        return;
+    }
+    // Every warp adds up the denominator for itself, before a score takes the place of a logit.
+    double total = scoring == SOFTMAX ? softmax_total(score, top, E, lane) : 1.0;
+    if (!by_logit && scoring == SOFTMAX) token_barrier();
+#pragma unroll 2
+    for (int e = first; e < E; e += step) {
+        float s = score[e];
+        if (!by_logit) score[e] = s = score_of(s, scoring, top, total);
+        key[e] = ordered(bias == nullptr ? s : __fadd_rn(s, bias[e]));
+    }
+    token_barrier();
+    if (groups > 0 && rule.topk_group < groups) close_groups(key, key + E, E, rule, first, step);
+    if (threadIdx.y > 0) return;
+    choose<ITEMS>(chosen, key, E, topk, lane);
+    weigh(weights, ids, w, chosen, score, top, total, by_logit, rule, lane);
 }
 
 }  // namespace pymoe

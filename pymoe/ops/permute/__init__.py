@@ -61,7 +61,7 @@ def permute(
         `E_local` below 0, a map entry outside -1..E_local-1, or, in the checked mode, an id but -1 outside the range.
         On a device map entries are looked at in the checked mode only; else those outside count as -1.
     UnsupportedError
-        On a device: more than 8192 experts here, or 2**31 slots.
+        On a device: more than 4096 experts here, or 2**31 slots.
 
     Notes
     -----

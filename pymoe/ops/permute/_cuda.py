@@ -19,17 +19,17 @@ from pymoe.errors import UnsupportedError, complaint
 Array = Any
 Empty = Callable[..., Array]
 
-MAX_EXPERTS = 8192
+MAX_EXPERTS = 4096
 _UNIT = "permute/permute.cu"
 _LAYOUTS = ("PACKED", "PADDED", "SLABS")
 _STAGES = ("permute_kernel", "permute_count_kernel", "permute_scan_kernel", "permute_place_kernel")
 _UNITS = {16: "uint4", 8: "uint2", 4: "pymoe::uint32", 2: "pymoe::uint16", 1: "pymoe::uint8"}
 _SINGLES = ("work_list_kernel", "count_experts_kernel", "live_tokens_kernel")
 
-_WARP, _THREADS, _PLACING_THREADS = 32, 1024, 512
-_SCRATCH_BYTES = 144
-_SEGMENT = 4096
-_ONE_BLOCK_SLOTS = 8192
+_WARP, _THREADS = 32, 1024
+_SCRATCH_BYTES = 256
+_SEGMENT = 2048
+_ONE_BLOCK_SLOTS = 4096
 """Up to here one block sorts faster than three launches do."""
 _SHARED_BYTES = 96 * 1024
 """Fits a block of every architecture."""
@@ -144,7 +144,7 @@ def count_experts(topk_ids: Array, E_local: int, expert_map: Array | None, count
     _few_experts("count_expert_num_tokens", E_local)
     if topk_ids.size:
         blocks = min(-(-topk_ids.size // _SEGMENT), 512)
-        plan = LaunchPlan(_single("count_experts_kernel"), (blocks, 1, 1), (_PLACING_THREADS, 1, 1), 4 * E_local)
+        plan = LaunchPlan(_single("count_experts_kernel"), (blocks, 1, 1), (_THREADS, 1, 1), 4 * E_local)
         sizes = _sizes(topk_ids.shape, E_local, _ids(topk_ids, expert_map, E_local), 1, (0, 0), 0, 1, 0)
         plan(counts, topk_ids, _pointer(expert_map), sizes)
 
@@ -230,16 +230,21 @@ def _sort(
     warps = _warps_of_one_block(S, E)
     if warps:
         sizes = _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows)
-        shared = _SCRATCH_BYTES + 12 * E + 4 * S + 2 * warps * E
+        shared = _one_block_bytes(S, E, warps)
         return _Sort((LaunchPlan(stages[0], (1, 1, 1), (_threads(max(S, E)), 1, 1), shared),), sizes, 1)
     segments = _segments(S)
     fixed = 4 * (E + _SEGMENT)
-    warps = min(_PLACING_THREADS // _WARP, (_SHARED_BYTES - fixed) // max(2 * E, 1))
-    grid, block = (segments, 1, 1), (_PLACING_THREADS, 1, 1)
+    warps = min(_THREADS // _WARP, (_SHARED_BYTES - fixed) // max(2 * E, 1))
+    grid, block = (segments, 1, 1), (_THREADS, 1, 1)
     count = LaunchPlan(stages[1], grid, block, 4 * E)
-    scan = LaunchPlan(stages[2], (1, 1, 1), (_threads(max(S, E)), 1, 1), _SCRATCH_BYTES + 12 * E)
+    scan = LaunchPlan(stages[2], (1, 1, 1), (_THREADS, 1, 1), _SCRATCH_BYTES + 12 * E + 4 * max(E, _THREADS))
     place = LaunchPlan(stages[3], grid, block, fixed + 2 * warps * E)
     return _Sort((count, scan, place), _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows), segments)
+
+
+def _one_block_bytes(S: int, E: int, warps: int) -> int:
+    """Return the shared memory of ``permute_kernel`` of any layout."""
+    return -(-(_SCRATCH_BYTES + 12 * E) // 16) * 16 + -(-2 * warps * E // 16) * 16 + 8 * S
 
 
 def _segments(S: int) -> int:
@@ -249,7 +254,7 @@ def _segments(S: int) -> int:
 def _warps_of_one_block(S: int, E: int) -> int:
     """Return how many warps rank S slots if one block sorts them; 0 where they are too many, or their counters."""
     wanted = max(1, -(-S // _WARP))
-    room = (_SHARED_BYTES - _SCRATCH_BYTES - 12 * E - 4 * S) // max(2 * E, 1)
+    room = (_SHARED_BYTES - _one_block_bytes(S, E, 0)) // max(2 * E, 1)
     warps = min(_threads(max(S, E)) // _WARP, wanted, room)
     return warps if S <= _ONE_BLOCK_SLOTS and warps >= min(8, wanted) else 0
 

@@ -232,7 +232,10 @@ def _rows_plan(elem: str, code: str, rows: int, K: int, group: int, slabs: int) 
 
 def _rows_grid(pieces: int, rows: int, team: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Return (block, grid) for `pieces` threads along each of `rows` rows; a team of a power of two stays in a warp."""
-    along = max(team, min(_THREADS, 1 << (pieces - 1).bit_length()))
+    # The power of two that leaves the fewest threads without a piece; of several the largest.
+    widths = [n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1) if n >= team]
+    along = min(widths, key=lambda n: (-(-pieces // n) * n, -n))
+    along = max(along, min(_WARP, 1 << (pieces - 1).bit_length()))  # no warp of many short rows
     step = max(1, _WARP // along)
     high = min(_THREADS // along, -(-max(rows, 1) // step) * step)
     return (along, high, 1), (-(-pieces // along), min(-(-max(rows, 1) // high), _GRID_Y), 1)

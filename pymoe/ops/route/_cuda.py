@@ -29,7 +29,7 @@ _SCORING = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2, "chosen": 3, "logit":
 _KINDS = {np.dtype("float32"): 0, np.dtype("float16"): 1, BFLOAT16: 2, np.dtype("float64"): 3}
 _FEW_ROWS = 512
 """Up to here a token has a block of its own, which spreads few tokens over many multiprocessors."""
-_ROWS_PER_BLOCK = 4
+_ROWS_PER_BLOCK, _WARPS_PER_ROW = 4, 8
 _SHARED_BYTES = 48 * 1024
 
 _known: dict[tuple[int, int, Any], tuple[RoutingConfig, bytes | None, DeviceRule]] = {}
@@ -86,7 +86,8 @@ def device_rule(call: str, config: RoutingConfig, logits: Array) -> DeviceRule:
         bias = rule.bias
     integers = (rule.topk, _SCORING[rule.scoring], int(rule.renormalize), rule.groups, rule.topk_group, rule.group_best)
     scalars = struct(*map(np.int32, integers), np.float64(rule.epsilon), np.float64(rule.scale))
-    on_device = 0 if bias is None else namespace(logits).ascontiguousarray(bias, dtype=np.float32)
+    xp = namespace(logits)
+    on_device = 0 if bias is None else xp.ascontiguousarray(xp.asarray(bias), dtype=np.float32)
     if len(_known) >= _MOST_KNOWN:
         _known.clear()
     _known[key] = config, content, DeviceRule(rule, E, on_device, scalars)
@@ -116,11 +117,14 @@ def route_rows(logits: Array, rule: DeviceRule, *, empty: Callable[..., Array] |
 def _plan(dtype: np.dtype, M: int, E: int, topk: int, groups: int) -> tuple[LaunchPlan, np.void]:
     items = next(n for n in _ITEMS if n * _WARP >= E)
     bytes_ = shared_bytes(E, topk, groups)
-    rows = 1 if M <= _FEW_ROWS else max(1, min(_ROWS_PER_BLOCK, _SHARED_BYTES // bytes_))
-    plan = LaunchPlan(_kernel(items), (-(-M // rows), 1, 1), (_WARP, rows, 1), rows * bytes_)
+    if M <= _FEW_ROWS:
+        warps, rows = min(items, _WARPS_PER_ROW), 1
+    else:
+        warps, rows = 1, max(1, min(_ROWS_PER_BLOCK, _SHARED_BYTES // bytes_))
+    plan = LaunchPlan(_kernel(items), (-(-M // rows), 1, 1), (_WARP, warps, rows), rows * bytes_)
     return plan, struct(*map(np.int32, (_KINDS[dtype], M, E)))
 
 
 def shared_bytes(E: int, topk: int, groups: int) -> int:
     """Return the shared memory of one token, as ``route.cu`` lays it out."""
-    return -(-(12 * topk + 8 * E + 8 * groups) // 16) * 16
+    return -(-(12 * topk + 8 * E + 8 * groups + 8 * _WARP) // 16) * 16

@@ -26,7 +26,9 @@ _EACH, _VECTOR_BYTES = 8, 16
 
 def kernels(arch: str) -> tuple[KernelId, ...]:
     """Return every instance that can be asked for on `arch`."""
-    return tuple(_kernel(x, w, shape) for x in DTYPES for w in DTYPES for shape in _shapes(x, w))
+    pairs = [(x, w) for x in DTYPES for w in DTYPES]
+    aligned = [_kernel(x, w, shape, True) for x, w in pairs for shape in _shapes(x, w)]
+    return (*aligned, *(_kernel(x, w, _FEW, False) for x, w in pairs))
 
 
 def _shapes(x: np.dtype, weight: np.dtype) -> tuple[tuple[int, int, int], ...]:
@@ -35,8 +37,11 @@ def _shapes(x: np.dtype, weight: np.dtype) -> tuple[tuple[int, int, int], ...]:
     return _FEW, medium, _MANY if x == weight == BFLOAT16 else _MANY_IN_PIECES
 
 
-def _kernel(x: np.dtype, weight: np.dtype, shape: tuple[int, int, int]) -> KernelId:
-    return KernelId(_UNIT, f"pymoe::gate_kernel<{DTYPES[x]}, {DTYPES[weight]}, {', '.join(map(str, shape))}>")
+def _kernel(x: np.dtype, weight: np.dtype, shape: tuple[int, int, int], aligned: bool) -> KernelId:
+    return KernelId(
+        _UNIT,
+        f"pymoe::gate_kernel<{DTYPES[x]}, {DTYPES[weight]}, {', '.join(map(str, shape))}, {str(aligned).lower()}>",
+    )
 
 
 def gate(x: Array, weight: Array, bias: Array | None = None, *, empty: Callable[..., Array] | None = None) -> Array:
@@ -60,14 +65,15 @@ def gate(x: Array, weight: Array, bias: Array | None = None, *, empty: Callable[
     if M and E:
         aligned = K % _EACH == 0 and address(x) % _VECTOR_BYTES == 0 and address(weight) % _VECTOR_BYTES == 0
         arguments = (logits, x, weight, 0 if bias is None else bias)
-        _plan(x.dtype, weight.dtype, M, E)(*arguments, *map(np.int32, (M, E, K, aligned)))
+        _plan(x.dtype, weight.dtype, M, E, aligned)(*arguments, *map(np.int32, (M, E, K)))
     return logits
 
 
 @lru_cache(maxsize=1024)
-def _plan(x: np.dtype, weight: np.dtype, M: int, E: int) -> LaunchPlan:
-    shape = _shapes(x, weight)[(M > _FEW_TOKENS) + (M > _MEDIUM_TOKENS)]
+def _plan(x: np.dtype, weight: np.dtype, M: int, E: int, aligned: bool) -> LaunchPlan:
+    # Rows that no 16-byte load can read are read one number at a time, whatever M is: so rare that one shape must do.
+    shape = _shapes(x, weight)[(M > _FEW_TOKENS) + (M > _MEDIUM_TOKENS)] if aligned else _FEW
     tiles_m, tiles_e, warps = shape
     blocks = -(-M // (16 * tiles_m)) * -(-E // (8 * tiles_e))
     shared = warps * 512 * tiles_m * tiles_e
-    return LaunchPlan(_kernel(x, weight, shape), (blocks, 1, 1), (32 * warps, 1, 1), shared)
+    return LaunchPlan(_kernel(x, weight, shape, aligned), (blocks, 1, 1), (32 * warps, 1, 1), shared)
