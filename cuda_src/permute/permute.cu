@@ -10,7 +10,7 @@ namespace pymoe {
 extern __shared__ unsigned char shared_memory[];
 
 constexpr int SEGMENT = 2048;  // slots of a block where there are many; ranks within it fit 16 bits
-constexpr int SCRATCH = 64;    // words that block_exclusive_sum needs
+constexpr int SCRATCH = 4;     // words in front of the arrays: the number of tiles
 
 // The sizes of a sort; _cuda.py packs them.
 struct Sizes {
@@ -30,8 +30,8 @@ template <Layout LAYOUT>
 __global__ void __launch_bounds__(1024, 1)
     permute_kernel(int32* row_to_slot, int32* slot_to_row, int32* offsets, int4* tiles, int32* tile_experts,
                    int32* tile_count, const void* ids, const int32* expert_map, const int32* labels, Sizes n) {
-    uint64* scratch = reinterpret_cast<uint64*>(shared_memory);
-    int32 *counts = reinterpret_cast<int32*>(shared_memory) + SCRATCH, *start = counts + n.E;
+    int32* total = reinterpret_cast<int32*>(shared_memory);
+    int32 *counts = total + SCRATCH, *start = counts + n.E;
     int32* tile_start = start + n.E;
     uint4* zeros = reinterpret_cast<uint4*>(shared_memory + (4 * (SCRATCH + 3 * n.E) + 15) / 16 * 16);
     uint16* hist = reinterpret_cast<uint16*>(zeros);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(1024, 1)
     rank_slots<LAYOUT>(hist, state, routing, 0, n.S, n.warps);
     sum_warps(counts, hist, n.E, n.warps);
     Sorted out = {offsets, tiles, tile_experts, tile_count, labels, n.tile_capacity, n.tile_rows, n.slab_rows};
-    lay_out<LAYOUT>(start, counts, tile_start, out, n.E, scratch);
+    lay_out<LAYOUT>(start, counts, tile_start, total, out, n.E);
     // Scattered into shared memory and then copied: scattered stores leave a multiprocessor one at a time.
     place_slots<LAYOUT>(LAYOUT == PACKED ? staged : row_to_slot, slot_to_row, start, hist, state, routing, 0, n.S,
                         n.warps, n.slab_rows);
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(1024, 1)
                                     int32* tile_experts, int32* tile_count, const int32* labels, int segments,
                                     Sizes n) {
     constexpr int AHEAD = 8;  // loads in flight; the sum alone would wait for each
-    uint64* scratch = reinterpret_cast<uint64*>(shared_memory);
-    int32 *counts = reinterpret_cast<int32*>(shared_memory) + SCRATCH, *start = counts + n.E;
+    int32* total = reinterpret_cast<int32*>(shared_memory);
+    int32 *counts = total + SCRATCH, *start = counts + n.E;
     int32 *tile_start = start + n.E, *part_sums = tile_start + n.E;
     // Threads that share an expert take equal runs of the segments.
     int parts = max(1, static_cast<int>(blockDim.x) / max(n.E, 1));
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(1024, 1)
         }
     }
     Sorted out = {offsets, tiles, tile_experts, tile_count, labels, n.tile_capacity, n.tile_rows, n.slab_rows};
-    lay_out<LAYOUT>(start, counts, tile_start, out, n.E, scratch);
+    lay_out<LAYOUT>(start, counts, tile_start, total, out, n.E);
     for (int e = threadIdx.x; e < n.E; e += blockDim.x) starts[e] = start[e];
 }
 
@@ -153,11 +153,11 @@ __global__ void __launch_bounds__(1024, 1)
 // Shared memory: 4 (SCRATCH + 3 E) bytes.
 __global__ void work_list_kernel(int4* tiles, int32* tile_count, const int32* counts, int E, int slab_rows,
                                  int tile_rows) {
-    uint64* scratch = reinterpret_cast<uint64*>(shared_memory);
-    int32 *live = reinterpret_cast<int32*>(shared_memory) + SCRATCH, *start = live + E, *tile_start = start + E;
+    int32* total = reinterpret_cast<int32*>(shared_memory);
+    int32 *live = total + SCRATCH, *start = live + E, *tile_start = start + E;
     for (int e = threadIdx.x; e < E; e += blockDim.x) live[e] = max(counts[e], 0);
     Sorted out = {nullptr, tiles, nullptr, tile_count, nullptr, 0, tile_rows, slab_rows};
-    lay_out<SLABS>(start, live, tile_start, out, E, scratch);
+    lay_out<SLABS>(start, live, tile_start, total, out, E);
 }
 
 // counts (E,), which are 0 before: the slots of each expert.  Shared memory: 4 E bytes.

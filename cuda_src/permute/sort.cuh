@@ -58,12 +58,19 @@ __device__ __forceinline__ unsigned lanes_with(uint32 value, int bits) {
     return same;
 }
 
+// Slots of a warp's run: 32 times a power of two, so that a shift tells whose a slot is.
+__device__ __forceinline__ int run_shift(int count, int warps) {
+    int shift = 5;
+    while (warps << shift < count) ++shift;
+    return shift;
+}
+
 // Counts the slots [first, first + count) by warp and expert into hist (warps, E) and notes, for each of them, its rank
 // within its warp and its expert in `state`.  `warps` warps of the block work; hist is 0 before.  Ends with a barrier.
 template <Layout LAYOUT>
 __device__ void rank_slots(uint16* hist, uint32* state, const Routing& routing, int64 first, int count, int warps) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int run = (count + warps * WARP - 1) / (warps * WARP) * WARP;
+    int run = 1 << run_shift(count, warps);
     int bits = 32 - __clz(routing.E);  // numbers 0 .. E, where E stands for none
     if (warp < warps) {
         uint16* mine = hist + warp * routing.E;
@@ -94,13 +101,13 @@ __device__ void rank_slots(uint16* hist, uint32* state, const Routing& routing, 
 __device__ __forceinline__ void sum_warps(int32* totals, uint16* hist, int E, int warps) {
     constexpr int AHEAD = 8;  // loads in flight; the sum alone would wait for each
     // Neighbouring lanes share an expert, each a run of the warps.
-    int parts = 1;
-    while (parts < WARP && parts < warps && parts * 2 * E <= static_cast<int>(blockDim.x)) parts *= 2;
-    int part = threadIdx.x % parts, run = (warps + parts - 1) / parts;
+    int shift = 0;
+    while (shift < 5 && 1 << shift < warps && E << (shift + 1) <= static_cast<int>(blockDim.x)) ++shift;
+    int parts = 1 << shift, part = threadIdx.x & (parts - 1), run = (warps + parts - 1) >> shift;
     int first = min(part * run, warps), last = min(first + run, warps);
-    int step = blockDim.x / parts;
+    int step = blockDim.x >> shift;
     for (int base = 0; base < E; base += step) {
-        int e = base + threadIdx.x / parts;
+        int e = base + (threadIdx.x >> shift);
         int sum = 0;
         if (e < E) {
 #pragma unroll AHEAD
@@ -133,7 +140,7 @@ template <Layout LAYOUT>
 __device__ void place_slots(int32* row_to_slot, int32* slot_to_row, const int32* base, const uint16* hist,
                             const uint32* state, const Routing& routing, int64 first, int count, int warps,
                             int slab_rows) {
-    int run = (count + warps * WARP - 1) / (warps * WARP) * WARP;
+    int shift = run_shift(count, warps);
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
         uint32 local = state[i] & NOWHERE;
         int64 s = first + i;
@@ -142,7 +149,7 @@ __device__ void place_slots(int32* row_to_slot, int32* slot_to_row, const int32*
             if (slot_to_row != nullptr && (LAYOUT != SLABS || routing.expert_of(s) < 0)) slot_to_row[s] = -1;
             continue;
         }
-        int32 row = base[local] + hist[i / run * routing.E + local] + static_cast<int32>(state[i] >> 16);
+        int32 row = base[local] + hist[(i >> shift) * routing.E + local] + static_cast<int32>(state[i] >> 16);
         if (LAYOUT == SLABS) {
             if (row - static_cast<int32>(local) * slab_rows >= slab_rows) row = -1;
             int64 end = (s / routing.topk + 1) * routing.topk;
@@ -172,39 +179,44 @@ struct Sorted {
 };
 
 // From the rows of each expert: the row each starts at (start, E), the list of tiles, and what else the layout promises.
-// All threads of the block; counts (E) and tile_start (E) are shared memory, and start may be too.  Begins with a
-// barrier; the caller needs one after it.
+// All threads of the block; counts, start and tile_start (E) are shared memory.  Begins with a barrier.
 template <Layout LAYOUT>
-__device__ void lay_out(int32* start, int32* counts, int32* tile_start, const Sorted& out, int E, uint64* scratch) {
+__device__ void lay_out(int32* start, int32* counts, int32* tile_start, int32* total_tiles, const Sorted& out, int E) {
     __syncthreads();
-    int each = (E + blockDim.x - 1) / blockDim.x;
-    int first = min(static_cast<int>(threadIdx.x) * each, E), last = min(first + each, E);
-    int shift = __ffs(out.tile_rows) - 1;
-    bool is_power = 1 << shift == out.tile_rows;
-    // Rows below, tiles above: one sum of both.
-    auto both_of = [&](int e) {
-        int rows = LAYOUT == SLABS ? min(counts[e], out.slab_rows) : counts[e];
-        uint32 most = static_cast<uint32>(rows + out.tile_rows - 1);
-        uint32 tiles = is_power ? most >> shift : most / static_cast<uint32>(out.tile_rows);  // a division takes long
-        return static_cast<uint64>(tiles) << 32 | static_cast<uint32>(rows);
-    };
-    uint64 mine = 0, total;
-    for (int e = first; e < last; ++e) mine += both_of(e);
-    uint64 running = block_exclusive_sum(mine, scratch, total);
-    for (int e = first; e < last; ++e) {
-        int32 rows = static_cast<int32>(running), tiles = static_cast<int32>(running >> 32);
-        running += both_of(e);
-        tile_start[e] = tiles;
-        start[e] = LAYOUT == PACKED ? rows : LAYOUT == PADDED ? tiles * out.tile_rows : e * out.slab_rows;
-        if (LAYOUT == SLABS) counts[e] = min(counts[e], out.slab_rows);
-        if (LAYOUT != PADDED && out.offsets != nullptr) out.offsets[e] = LAYOUT == PACKED ? rows : counts[e];
-    }
-    int32 tiles = static_cast<int32>(total >> 32);
-    if (threadIdx.x == 0) {
-        out.tile_count[0] = LAYOUT == PADDED ? tiles * out.tile_rows : tiles;
-        if (LAYOUT == PACKED) out.offsets[E] = static_cast<int32>(total);
+    // One warp adds up: the others would only take its turns.
+    if (threadIdx.x < WARP) {
+        int each = (E + WARP - 1) / WARP;
+        int first = min(static_cast<int>(threadIdx.x) * each, E), last = min(first + each, E);
+        int shift = __ffs(out.tile_rows) - 1;
+        bool is_power = 1 << shift == out.tile_rows;
+        // Rows below, tiles above: one sum of both.
+        auto both_of = [&](int e) {
+            int rows = LAYOUT == SLABS ? min(counts[e], out.slab_rows) : counts[e];
+            uint32 most = static_cast<uint32>(rows + out.tile_rows - 1);
+            uint32 tiles = is_power ? most >> shift : most / static_cast<uint32>(out.tile_rows);  // divisions are slow
+            return static_cast<uint64>(tiles) << 32 | static_cast<uint32>(rows);
+        };
+        uint64 mine = 0, total;
+        for (int e = first; e < last; ++e) mine += both_of(e);
+        uint64 running = warp_exclusive_sum(mine, total);
+        for (int e = first; e < last; ++e) {
+            int32 rows = static_cast<int32>(running), tiles = static_cast<int32>(running >> 32);
+            running += both_of(e);
+            tile_start[e] = tiles;
+            start[e] = LAYOUT == PACKED ? rows : LAYOUT == PADDED ? tiles * out.tile_rows : e * out.slab_rows;
+            if (LAYOUT == SLABS) counts[e] = min(counts[e], out.slab_rows);
+        }
+        if (threadIdx.x == 0) {
+            int32 tiles = static_cast<int32>(total >> 32);
+            *total_tiles = tiles;
+            out.tile_count[0] = LAYOUT == PADDED ? tiles * out.tile_rows : tiles;
+            if (LAYOUT == PACKED) out.offsets[E] = static_cast<int32>(total);
+        }
     }
     __syncthreads();
+    int tiles = *total_tiles;
+    if (LAYOUT != PADDED && out.offsets != nullptr)
+        for (int e = threadIdx.x; e < E; e += blockDim.x) out.offsets[e] = LAYOUT == PACKED ? start[e] : counts[e];
     if (LAYOUT == PADDED) {
         for (int t = threadIdx.x; t < out.tile_capacity; t += blockDim.x) {
             int e = t < tiles ? last_at_most(tile_start, E, t) : -1;

@@ -27,10 +27,11 @@ _UNITS = {16: "uint4", 8: "uint2", 4: "pymoe::uint32", 2: "pymoe::uint16", 1: "p
 _SINGLES = ("work_list_kernel", "count_experts_kernel", "live_tokens_kernel")
 
 _WARP, _THREADS = 32, 1024
-_SCRATCH_BYTES = 256
+_SCRATCH_BYTES = 16
 _SEGMENT = 2048
 _ONE_BLOCK_SLOTS = 4096
 """Up to here one block sorts faster than three launches do."""
+_SLOTS_OF_A_THREAD = 2
 _SHARED_BYTES = 96 * 1024
 """Fits a block of every architecture."""
 _LARGEST = np.iinfo(np.int32).max
@@ -231,7 +232,7 @@ def _sort(
     if warps:
         sizes = _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows)
         shared = _one_block_bytes(S, E, warps)
-        return _Sort((LaunchPlan(stages[0], (1, 1, 1), (_threads(max(S, E)), 1, 1), shared),), sizes, 1)
+        return _Sort((LaunchPlan(stages[0], (1, 1, 1), (_block_of(S, E), 1, 1), shared),), sizes, 1)
     segments = _segments(S)
     fixed = 4 * (E + _SEGMENT)
     warps = min(_THREADS // _WARP, (_SHARED_BYTES - fixed) // max(2 * E, 1))
@@ -247,6 +248,11 @@ def _one_block_bytes(S: int, E: int, warps: int) -> int:
     return -(-(_SCRATCH_BYTES + 12 * E) // 16) * 16 + -(-2 * warps * E // 16) * 16 + 8 * S
 
 
+def _block_of(S: int, E: int) -> int:
+    """Return the threads of the block that sorts S slots: more warps only take each other's turns."""
+    return _threads(max(-(-S // _SLOTS_OF_A_THREAD), min(E, 256)))
+
+
 def _segments(S: int) -> int:
     return max(1, -(-S // _SEGMENT))
 
@@ -255,7 +261,7 @@ def _warps_of_one_block(S: int, E: int) -> int:
     """Return how many warps rank S slots if one block sorts them; 0 where they are too many, or their counters."""
     wanted = max(1, -(-S // _WARP))
     room = (_SHARED_BYTES - _one_block_bytes(S, E, 0)) // max(2 * E, 1)
-    warps = min(_threads(max(S, E)) // _WARP, wanted, room)
+    warps = min(_block_of(S, E) // _WARP, wanted, room)
     return warps if S <= _ONE_BLOCK_SLOTS and warps >= min(8, wanted) else 0
 
 

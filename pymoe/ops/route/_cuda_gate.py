@@ -20,7 +20,9 @@ _UNIT = "route/gate.cu"
 _FEW, _MEDIUM, _MANY = (1, 1, 16), (2, 2, 16), (4, 4, 8)
 _MEDIUM_IN_PIECES, _MANY_IN_PIECES = (1, 2, 16), (2, 4, 8)
 """Tiles of 16 tokens and of 8 experts that a warp multiplies, and warps of a block."""
-_FEW_TOKENS, _MEDIUM_TOKENS = 32, 512
+_MULTIPROCESSORS = 132
+"""Of an H100.  A smaller tile spreads the work until every one has a block, a larger one reads less; the bits are the
+same."""
 _EACH, _VECTOR_BYTES = 8, 16
 
 
@@ -72,8 +74,15 @@ def gate(x: Array, weight: Array, bias: Array | None = None, *, empty: Callable[
 @lru_cache(maxsize=1024)
 def _plan(x: np.dtype, weight: np.dtype, M: int, E: int, aligned: bool) -> LaunchPlan:
     # Rows that no 16-byte load can read are read one number at a time, whatever M is: so rare that one shape must do.
-    shape = _shapes(x, weight)[(M > _FEW_TOKENS) + (M > _MEDIUM_TOKENS)] if aligned else _FEW
+    few, medium, many = _shapes(x, weight)
+    if not aligned or _blocks(few, M, E) <= _MULTIPROCESSORS:
+        shape = few
+    else:
+        shape = medium if _blocks(medium, M, E) <= 2 * _MULTIPROCESSORS else many
     tiles_m, tiles_e, warps = shape
-    blocks = -(-M // (16 * tiles_m)) * -(-E // (8 * tiles_e))
     shared = warps * 512 * tiles_m * tiles_e
-    return LaunchPlan(_kernel(x, weight, shape, aligned), (blocks, 1, 1), (32 * warps, 1, 1), shared)
+    return LaunchPlan(_kernel(x, weight, shape, aligned), (_blocks(shape, M, E), 1, 1), (32 * warps, 1, 1), shared)
+
+
+def _blocks(shape: tuple[int, int, int], M: int, E: int) -> int:
+    return -(-M // (16 * shape[0])) * -(-E // (8 * shape[1]))
