@@ -29,7 +29,7 @@ _SINGLES = ("work_list_kernel", "count_experts_kernel", "live_tokens_kernel")
 _WARP, _THREADS = 32, 1024
 _SCRATCH_BYTES = 16
 _SEGMENT = 2048
-_ONE_BLOCK_SLOTS = 4096
+_ONE_BLOCK_SLOTS = 8192
 """Up to here one block sorts faster than three launches do."""
 _SLOTS_OF_A_THREAD = 2
 _SHARED_BYTES = 96 * 1024
