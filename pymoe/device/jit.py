@@ -193,11 +193,13 @@ def _load(kernel: KernelId, compiled: CompiledKernel) -> Any:
 
 def _read_or_compile(kernel: KernelId, arch: str) -> CompiledKernel:
     archs.limits(arch)
-    key = cache_key(kernel, arch)
-    compiled = cubins.read(key)
+    likely = toolkit.likely_nvrtc_version()
+    compiled = cubins.read(cache_key(kernel, arch, likely))
+    if compiled is None and toolkit.nvrtc_version() != likely:
+        compiled = cubins.read(cache_key(kernel, arch))
     if compiled is None:
         compiled = compile_now(kernel, arch)
-        cubins.write(key, compiled)
+        cubins.write(cache_key(kernel, arch), compiled)  # under the version that it was made by, guessed or not
     return compiled
 
 
@@ -220,9 +222,13 @@ def compile_now(kernel: KernelId, arch: str) -> CompiledKernel:
         raise KernelCompileError(text) from None
 
 
-def cache_key(kernel: KernelId, arch: str) -> str:
-    """Return a digest of all that decides a kernel's machine code: every source it reaches, options, compiler."""
-    made_by = (kernel, arch, _OPTIONS, toolkit.nvrtc_version(), sources_digest(source_folder(), kernel.unit))
+def cache_key(kernel: KernelId, arch: str, version: tuple[int, int] | None = None) -> str:
+    """Return a digest of all that decides a kernel's machine code: every source it reaches, options, NVRTC's version.
+
+    `version` is that of the library, which is loaded to ask for it, unless given.
+    """
+    version = toolkit.nvrtc_version() if version is None else version
+    made_by = (kernel, arch, _OPTIONS, version, sources_digest(source_folder(), kernel.unit))
     return hashlib.sha256(repr(made_by).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
@@ -9,8 +10,16 @@ from typing import Any
 
 from pymoe.errors import BackendUnavailableError, complaint
 
-__all__ = ["check_arch", "cuda_core", "device_count", "include_path", "nvrtc_version", "used_before_fork",
-           "why_no_device"]  # fmt: skip
+__all__ = [
+    "check_arch",
+    "cuda_core",
+    "device_count",
+    "include_path",
+    "likely_nvrtc_version",
+    "nvrtc_version",
+    "used_before_fork",
+    "why_no_device",
+]
 
 INSTALL = "pip install 'pymoe[cu13]' (CUDA 12: 'pymoe[cu12]')"
 _NO_DRIVER, _INITIALIZATION_ERROR, _NO_DEVICE = 35, 3, 100
@@ -40,6 +49,21 @@ def nvrtc_version() -> tuple[int, int]:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise _missing("NVRTC", "say its version", status)
     return major, minor
+
+
+@lru_cache(maxsize=1)
+def likely_nvrtc_version() -> tuple[int, int]:
+    """Return the version of NVRTC as its package gives it, without loading the library, which takes 10 ms and more.
+
+    A guess: a library that the process had loaded before, or one that was put in its place, is another.
+    """
+    try:
+        major = importlib.metadata.version("cuda-bindings").split(".")[0]
+        package = "nvidia-cuda-nvrtc" + ("-cu12" if major == "12" else "")
+        version = importlib.metadata.version(package).split(".")
+        return int(version[0]), int(version[1])
+    except (importlib.metadata.PackageNotFoundError, ValueError, IndexError):
+        return nvrtc_version()
 
 
 @lru_cache(maxsize=1)

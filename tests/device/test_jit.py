@@ -101,6 +101,33 @@ def test_J6_the_key_holds_instance_arch_options_compiler_and_every_source(cache,
     assert key() == keys[-1]
 
 
+def test_a_kept_kernel_is_read_without_loading_the_compiler(cache, compilations, monkeypatch):
+    compile_kernel(PROBE, "sm_90a")
+    forget(monkeypatch)
+    version = toolkit.nvrtc_version()
+    monkeypatch.setattr(toolkit, "likely_nvrtc_version", lambda: version)
+    monkeypatch.setattr(toolkit, "nvrtc_version", None)
+    assert compile_kernel(PROBE, "sm_90a").cubin and len(compilations) == 1
+
+
+def test_J6_a_wrong_guess_of_the_compilers_version_finds_and_keeps_the_right_one(cache, compilations, monkeypatch):
+    monkeypatch.setattr(toolkit, "likely_nvrtc_version", lambda: (99, 1))
+    compile_kernel(PROBE, "sm_90a")
+    forget(monkeypatch)
+    compile_kernel(PROBE, "sm_90a")
+    assert len(compilations) == 1
+    (entry,) = entries(cache)
+    assert cubins.unseal(jit.cache_key(PROBE, "sm_90a", toolkit.nvrtc_version()), entry.read_bytes()) is not None
+
+
+def test_the_guess_is_right_here_and_falls_back_to_the_library(monkeypatch):
+    likely = toolkit.likely_nvrtc_version.__wrapped__
+    assert likely() == toolkit.nvrtc_version()
+    for found in ("13", "thirteen.zero", "13.x"):
+        monkeypatch.setattr(toolkit.importlib.metadata, "version", lambda name, found=found: found)
+        assert likely() == toolkit.nvrtc_version()
+
+
 def test_J6_a_changed_header_is_compiled_anew(cache, sources, compilations, monkeypatch):
     compile_kernel(PROBE, "sm_90a")
     header = sources / "common" / "types.cuh"
