@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -136,8 +137,11 @@ def test_an_exchange_by_hand():
     assert ep_model.exchange_us(traffic, system(floor_us=(9, 9)), 1000) == (9, "start")
     # two messages leave rank 0, and two leave rank 3
     assert ep_model.exchange_us(traffic, system(message_us=10.0), 1000) == (2 + 6 + 20, "start")
-    # back: rank 0 receives from 1 and 3; rank 1 and 3 send; three ranks are one message each way but rank 0 and 2
     assert ep_model.exchange_us(traffic, system(), 1000, combine=True) == (3 + 6, "network")
+    # one rank sends to three, each of which sends one message back
+    fan = ep_model.Traffic((np.eye(4, dtype=int)[[0, 0, 0, 0]].T,), traffic.rows, traffic.tokens, 2)
+    assert ep_model.exchange_us(fan, system(message_us=10.0), 1000)[0] == 2 + 2 + 30
+    assert ep_model.exchange_us(fan, system(message_us=10.0), 1000, combine=True)[0] == 3 + 2 + 10
 
 
 def test_a_layer_by_hand():
@@ -205,6 +209,45 @@ def test_measured_gemms():
     assert len(found) == 23
     for one in found:
         assert abs(one.error) <= (0.02 if one.line["use"] == "fit" else 0.30), one
+
+
+def alike(one, other):
+    """Return whether two lines of a table agree, numbers within 2 % or 1 in the last place shown."""
+    cells, others = ([cell.strip() for cell in line.strip("| ").split("|")] for line in (one, other))
+    if len(cells) != len(others):
+        return False
+    for cell, shown in zip(cells, others, strict=True):
+        try:
+            found, wanted = float(cell.rstrip("%")), float(shown.rstrip("%"))
+        except ValueError:
+            if cell != shown:
+                return False
+            continue
+        last = 10.0 ** -len(shown.rstrip("%").partition(".")[2])
+        if abs(found - wanted) > max(1.01 * last, 0.02 * abs(wanted)):
+            return False
+    return True
+
+
+def test_the_page_shows_what_the_model_says():
+    """Tables of docs/scaling.md are the script's, as far as 32 ranks; NumPy versions may draw other routings."""
+    scaling = script("model_scaling")
+    few = (8, 16, 32)
+    made = {
+        name: make() for name, make in scaling.TABLES.items() if name in ("published", "outside", "gemms", "formats")
+    }
+    made["drift"] = scaling.drift(layers=58)
+    for shape in scaling.SHAPES:
+        made[f"weak {shape.name} 128"] = scaling.weak(shape, 128, few)
+        made[f"strong {shape.name}"] = scaling.strong(shape, few)
+    for name, text in made.items():
+        lines, shown = text.splitlines(), scaling.shown(name).splitlines()
+        assert len(lines) >= 5 and len(shown) >= len(lines), name
+        for one, other in zip(lines, shown, strict=False):
+            assert alike(one, other), f"{name}:\n{one}\n{other}"
+    assert not alike("| a | 100 |", "| a | 103 |") and not alike("| a | 1 |", "| b | 1 |")
+    unmade = set(re.findall(r"<!-- table: (.*?) -->", scaling.PAGE.read_text(encoding="utf-8"))) ^ set(scaling.TABLES)
+    assert unmade == set()
 
 
 def test_routings():
