@@ -178,8 +178,8 @@ __device__ __noinline__ float read_element_apart(const void* array, int64 i, For
 enum class ScaleFormat : int32 { kF32, kE8M0, kE4M3 };
 
 __device__ __forceinline__ uint32 scale_bits(const void* array, int64 i, ScaleFormat format) {
-    if (format == ScaleFormat::kF32) return static_cast<const uint32*>(array)[i];
-    return static_cast<const uint8*>(array)[i];
+    if (format == ScaleFormat::kF32) return __ldg(static_cast<const uint32*>(array) + i);
+    return __ldg(static_cast<const uint8*>(array) + i);
 }
 
 __device__ __forceinline__ float scale_value(uint32 bits, ScaleFormat format) {

@@ -23,6 +23,12 @@ __device__ __forceinline__ void cp_async_16(uint32 shared, const void* global, b
                  : "memory");
 }
 
+// The same address, which the compiler takes for a new one: sums that start from it are not taken apart again.
+__device__ __forceinline__ const uint8* opaque(const uint8* address) {
+    asm("" : "+l"(address));
+    return address;
+}
+
 // The same of 4 bytes, through the first-level cache.
 __device__ __forceinline__ void cp_async_4(uint32 shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
@@ -37,7 +43,7 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four (or two) matrices of 8 rows of 16 bytes; lane l names row l % 8 of matrix l / 8 and gets its 4 bytes l % 4 of row
+// Four matrices of 8 rows of 16 bytes; lane l names row l % 8 of matrix l / 8 and gets its 4 bytes l % 4 of row
 // l / 4 of each matrix.
 __device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], uint32 shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -46,47 +52,56 @@ __device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], uint32 shared) {
                  : "memory");
 }
 
-__device__ __forceinline__ void ldmatrix_x2(uint32 (&r)[2], uint32 shared) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
+__device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[2][2], uint32 shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0][0]), "=r"(r[0][1]), "=r"(r[1][0]), "=r"(r[1][1])
                  : "r"(shared)
                  : "memory");
 }
 
-// d += a (16 x 16, rows) * b (16 x 8, columns): two 16-bit numbers a register, float32 sums.
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+// d = a (16 x 16, rows) * b (16 x 8, columns) + c: two 16-bit numbers a register, float32 sums.
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2],
+                                                  const float (&c)[4]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-__device__ __forceinline__ void mma_m16n8k16_fp16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+// d += a * b.
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+    mma_m16n8k16_bf16(d, a, b, d);
+}
+
+__device__ __forceinline__ void mma_m16n8k16_fp16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2],
+                                                  const float (&c)[4]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// d += a (16 x 32) * b (32 x 8): four signed bytes a register, exact 32-bit sums.
-__device__ __forceinline__ void mma_m16n8k32_s8(int32 (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+// d = a (16 x 32) * b (32 x 8) + c: four signed bytes a register, exact 32-bit sums.
+__device__ __forceinline__ void mma_m16n8k32_s8(int32 (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2],
+                                                const int32 (&c)[4]) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
 #if __CUDA_ARCH__ >= 890
-// d += a (16 x 32) * b (32 x 8): four e4m3 a register.  A true fp8 instruction on sm_89 and sm_120 only.
-__device__ __forceinline__ void mma_m16n8k32_e4m3(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+// d = a (16 x 32) * b (32 x 8) + c: four e4m3 a register.  A true fp8 instruction on sm_89 and sm_120 only.
+__device__ __forceinline__ void mma_m16n8k32_e4m3(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2],
+                                                  const float (&c)[4]) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 // Two pairs of float16, exact, of the four e4m3 in `codes`; NaN stays NaN.

@@ -25,7 +25,7 @@ struct GemmArguments {
     const uint8* zero_points;  // (E, N, groups), or (E, N / 2, groups) two a byte; null: the middle of the codes
     int32 K, N, width;         // width: columns of out, N or half of it
     int32 capacity, column_tiles, gather_div;
-    int32 group, groups, scale_rows;
+    int32 group, groups, scale_rows, scale_lines;  // scale_lines: ceil(N / scale_rows)
     float inverse_group;       // 1 / group
     int32 scales_before_sum;   // whether group scales multiply weights and activations, not partial sums
     int32 vector_store;        // whether rows of out start at multiples of four elements and of 16 bytes

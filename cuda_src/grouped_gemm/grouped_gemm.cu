@@ -40,103 +40,95 @@ struct Instance {
                                     : kNativeFp8    ? Format::kE4M3
                                     : kA == Format::kBF16 ? Format::kBF16
                                                           : Format::kFP16;
+    static constexpr bool kRaw = kBytes || (kA == kInto && kB == kInto);  // nothing to decode on either side
     static constexpr bool kScaledSums = kScaling == Scaling::kSums || kScaling == Scaling::kBlocks;
-    static constexpr bool kSmallSums = kScaledSums && kSpan <= 32;   // partial sums of one 32-k block or half of it
+    // One factor of weights for all columns of a warp: a partial sum then costs no more than its own addition.
+    static constexpr bool kUniform = kScaling == Scaling::kBlocks && kSpan == 128 && !kInteger;
+    static constexpr bool kSmallSums = kScaledSums && kSpan <= 32;  // partial sums of 32 k, or of 16
     // Partial sums of a stage.  An fp8 mma keeps fewer bits than float32, so its sums leave it every 128 k.
     static constexpr bool kStageSums = kScaledSums ? !kSmallSums : kNativeFp8;
     static constexpr bool kSixteens = kScaledSums && kSpan == 16;
     static_assert(!kStageSums || kDepth == 128, "a stage is the span of its scale");
+    // Where two blocks fit the registers of a multiprocessor only if the compiler is told so.
+    static constexpr int kBlocks = kThreads == 256 && kRaw && !kScaledSums && !kStageSums ? 2 : 1;
+    // Blocks of 32 k side by side in the code; more of them would be decoded ahead than registers can hold.
+    static constexpr int kBlocksAtOnce = kSmallSums && kRows > 16 ? 1 : kDepth / 32;
+    // Copies of the next stage wait until the first multiplies are under way, where those are few.
+    static constexpr bool kFillLate = kRaw && !kStageSums && kRows == 64;
 
-    static constexpr bool kRaw = kBytes || (kA == kInto && kB == kInto);  // nothing to decode on either side
-    static constexpr int kSteps = kBytes ? 1 : 2;                         // mma steps of a 32-k block
     using A = OperandTile<kA, kRows, kDepth, kRaw>;
     using B = OperandTile<kB, kColumns, kDepth, kRaw>;
     static constexpr int kUnits = kScaling == Scaling::kNone ? 1 : kDepth / kSpan;
     static constexpr bool kKeep = kRows <= 16;  // registers are free where few sums are kept
-    using CopyA = OperandCopy<A, kRows, kThreads, kKeep>;
-    using CopyB = OperandCopy<B, kColumns, kThreads, kKeep>;
-    using Scales = StageScales<kScaling, kB, kInto, kUnits, kRows, kColumns, kThreads>;
+    using CopyA = OperandCopy<A, kRows, kThreads, kKeep, kKeep>;
+    using CopyB = OperandCopy<B, kColumns, kThreads, kKeep, false>;
+    using Scales = StageScales<kScaling, kB, kInto, kUnits, kRows, kColumns, kThreads, kUniform>;
     using Sum = typename SumType<kInteger>::Type;
     using Total = typename SumType<kInteger && !kScaledSums>::Type;
 
     static constexpr int kStageBytes = A::kBytes + B::kBytes + Scales::kBytes;
     static constexpr int kSumsBytes = 4 * kRows * sums_pitch(kColumns);
     static constexpr int kRingBytes = kStages * kStageBytes > kSumsBytes ? kStages * kStageBytes : kSumsBytes;
-    static constexpr int kSharedBytes = kRingBytes + 4 * (kRows + kColumns);
+    static constexpr int kSharedBytes = kRingBytes + 4 * (kRows + 2 * kColumns) + sizeof(BlockTile);
 };
 
-// d += one step of 16 k (32 for bytes).
+// d += one step of 16 k (32 for bytes); `fresh`: d is the step alone.
 template <class I>
-__device__ __forceinline__ void multiply_step(typename I::Sum (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+__device__ __forceinline__ void multiply_step(typename I::Sum (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2],
+                                              bool fresh) {
+    const typename I::Sum c[4] = {fresh ? 0 : d[0], fresh ? 0 : d[1], fresh ? 0 : d[2], fresh ? 0 : d[3]};
     if constexpr (I::kInteger) {
-        ptx::mma_m16n8k32_s8(d, a, b);
+        ptx::mma_m16n8k32_s8(d, a, b, c);
     } else if constexpr (I::kInto == Format::kBF16) {
-        ptx::mma_m16n8k16_bf16(d, a, b);
+        ptx::mma_m16n8k16_bf16(d, a, b, c);
     } else if constexpr (I::kInto == Format::kFP16) {
-        ptx::mma_m16n8k16_fp16(d, a, b);
+        ptx::mma_m16n8k16_fp16(d, a, b, c);
     } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-        ptx::mma_m16n8k32_e4m3(d, a, b);
+        ptx::mma_m16n8k32_e4m3(d, a, b, c);
 #endif
     }
 }
 
-// One 32-k block of 16 rows: what each step takes, in the order of the instruction's registers.
+// Two steps of 16 k of 16 rows, decoded, in the order of the instruction's registers.
 template <class I>
 struct RowsFragment {
-    uint32 step[I::kSteps][4];
+    uint32 step[2][4];
 
     __device__ __forceinline__ void read(const uint8* a, int32 row, int32 block) {
         const int32 lane = threadIdx.x % 32;
-        if constexpr (I::kRaw) {
-            const int32 chunk = block * I::kSteps * 2 + lane / 16;
+        // The sum with a zero that the compiler cannot see as one: else it would copy the registers of a load into the
+        // order of the instruction once more for every instruction.
+        const uint32 zero = I::kA == I::kInto ? threadIdx.y : 0;
+        uint32 raw[4], low[4], high[4];
+        I::A::template read<I::kSixteens>(a, row + lane / 4, block, lane % 4, raw);
+        decode<I::kA, I::kInto>(raw, 0, low);
+        I::A::template read<I::kSixteens>(a, row + 8 + lane / 4, block, lane % 4, raw);
+        decode<I::kA, I::kInto>(raw, 0, high);
 #pragma unroll
-            for (int s = 0; s < I::kSteps; ++s)
-                ptx::ldmatrix_x4(step[s], ptx::shared_address(a + I::A::offset(row + lane % 16, chunk + 2 * s)));
-        } else {
-            // The sum with a zero that the compiler cannot see as one: else it would copy the registers of a load into
-            // the order of the instruction once more for every instruction.
-            const uint32 zero = threadIdx.y;
-            uint32 raw[4], low[4], high[4];
-            I::A::template read<I::kSixteens>(a, row + lane / 4, block, lane % 4, raw);
-            decode<I::kA, I::kInto>(raw, 0, low);
-            I::A::template read<I::kSixteens>(a, row + 8 + lane / 4, block, lane % 4, raw);
-            decode<I::kA, I::kInto>(raw, 0, high);
-#pragma unroll
-            for (int s = 0; s < 2; ++s) {
-                step[s][0] = I::kA == I::kInto ? low[2 * s] | zero : low[2 * s];
-                step[s][1] = I::kA == I::kInto ? high[2 * s] | zero : high[2 * s];
-                step[s][2] = I::kA == I::kInto ? low[2 * s + 1] | zero : low[2 * s + 1];
-                step[s][3] = I::kA == I::kInto ? high[2 * s + 1] | zero : high[2 * s + 1];
-            }
+        for (int s = 0; s < 2; ++s) {
+            step[s][0] = low[2 * s] | zero, step[s][1] = high[2 * s] | zero;
+            step[s][2] = low[2 * s + 1] | zero, step[s][3] = high[2 * s + 1] | zero;
         }
     }
 };
 
-// One 32-k block of 8 weight rows, decoded, with a folded scale.
+// Two steps of 16 k of 8 weight rows, decoded, with a folded scale.
 template <class I>
 struct WeightFragment {
-    uint32 step[I::kSteps][2];
+    uint32 step[2][2];
 
     __device__ __forceinline__ void read(const uint8* b, const uint32* scales, int32 first, int32 block) {
         const int32 lane = threadIdx.x % 32, c = lane % 4;
-        if constexpr (I::kRaw && I::kBytes) {
-            ptx::ldmatrix_x2(step[0], ptx::shared_address(b + I::B::offset(first + lane % 8, block * 2 + lane / 8 % 2)));
-        } else if constexpr (I::kRaw) {
-            uint32 pairs[4];
-            ptx::ldmatrix_x4(pairs, ptx::shared_address(b + I::B::offset(first + lane % 8, block * 4 + lane / 8)));
-            step[0][0] = pairs[0], step[0][1] = pairs[1], step[1][0] = pairs[2], step[1][1] = pairs[3];
-        } else {
-            uint32 raw[4], word = 0, pairs[4];
-            I::B::template read<I::kSixteens>(b, first + lane / 4, block, c, raw);
-            constexpr int kPerBlock = 32 / I::kSpan;  // one scale for 32 columns, or two
-            if constexpr (I::Scales::kHasWords)
-                word = I::Scales::word(scales, block * kPerBlock + (kPerBlock == 2 ? c / 2 : 0), first + lane / 4);
-            decode<I::kB, I::kInto>(raw, word, pairs);
+        uint32 raw[4], word = 0, pairs[4];
+        I::B::template read<I::kSixteens>(b, first + lane / 4, block, c, raw);
+        constexpr int kPerBlock = 32 / I::kSpan;  // one scale for 32 columns, or two
+        if constexpr (I::Scales::kHasWords)
+            word = I::Scales::word(scales, block * kPerBlock + (kPerBlock == 2 ? c / 2 : 0), first + lane / 4);
+        decode<I::kB, I::kInto>(raw, word, pairs);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                step[i / 2][i % 2] = I::kScaling == Scaling::kFold ? multiply_pairs<I::kInto>(pairs[i], word) : pairs[i];
-        }
+        for (int i = 0; i < 4; ++i)
+            step[i / 2][i % 2] = I::kScaling == Scaling::kFold ? multiply_pairs<I::kInto>(pairs[i], word) : pairs[i];
     }
 };
 
@@ -158,59 +150,159 @@ __device__ __forceinline__ void add_scaled(typename I::Total (&total)[4], const 
     total[3] = fmaf(static_cast<float>(part[3]), high.y, total[3]);
 }
 
-// Adds one stage to the sums of this warp, whose tile starts at (row, column).
+// totals += the partial sums of a stage, scaled where it has scales.
 template <class I>
-__device__ __forceinline__ void multiply_stage(typename I::Total (&totals)[I::kM][I::kN][4], const uint8* a,
-                                               const uint8* b, const uint32* scales, int32 row, int32 column) {
-    typename I::Sum parts[I::kStageSums ? I::kM : 1][I::kStageSums ? I::kN : 1][4] = {};
+__device__ __forceinline__ void add_stage(typename I::Total (&totals)[I::kM][I::kN][4],
+                                          const typename I::Sum (&parts)[I::kM][I::kN][4], const uint32* scales,
+                                          int32 row, int32 column) {
 #pragma unroll
-    for (int block = 0; block < I::kDepth / 32; ++block) {
-        RowsFragment<I> rows[I::kM];
-#pragma unroll
-        for (int m = 0; m < I::kM; ++m) rows[m].read(a, row + 16 * m, block);
+    for (int m = 0; m < I::kM; ++m) {
+        float factors[2] = {1.0f, 1.0f};  // of rows g and g + 8 of the fragment
+        if constexpr (I::kUniform) {
+            const float factor = I::Scales::uniform_factor(scales, column);
+            const int32 g = row + 16 * m + threadIdx.x % 32 / 4;
+            factors[0] = factor * I::Scales::row_factor(scales, 0, g);
+            factors[1] = factor * I::Scales::row_factor(scales, 0, g + 8);
+        }
 #pragma unroll
         for (int n = 0; n < I::kN; ++n) {
-            WeightFragment<I> weight;
-            weight.read(b, scales, column + 8 * n, block);
+            if constexpr (I::kScaledSums && !I::kUniform) {
+                add_scaled<I>(totals[m][n], parts[m][n], scales, 0, row + 16 * m, column + 8 * n);
+            } else {
 #pragma unroll
-            for (int m = 0; m < I::kM; ++m) {
-                typename I::Sum part[4] = {};
-#pragma unroll
-                for (int s = 0; s < I::kSteps; ++s) {
-                    if constexpr (I::kSmallSums) {
-                        multiply_step<I>(part, rows[m].step[s], weight.step[s]);
-                        if (!I::kSixteens && s + 1 < I::kSteps) continue;
-                        const int32 unit = I::kSixteens ? 2 * block + s : block;
-                        add_scaled<I>(totals[m][n], part, scales, unit, row + 16 * m, column + 8 * n);
-                        part[0] = part[1] = part[2] = part[3] = 0;
-                    } else if constexpr (I::kStageSums) {
-                        multiply_step<I>(parts[m][n], rows[m].step[s], weight.step[s]);
-                    } else {
-                        multiply_step<I>(totals[m][n], rows[m].step[s], weight.step[s]);
-                    }
-                }
+                for (int i = 0; i < 4; ++i)
+                    totals[m][n][i] = fmaf(static_cast<float>(parts[m][n][i]), factors[i / 2], totals[m][n][i]);
             }
         }
     }
-    if constexpr (I::kStageSums) {
-#pragma unroll
-        for (int n = 0; n < I::kN; ++n)
-#pragma unroll
-            for (int m = 0; m < I::kM; ++m) {
-                if constexpr (I::kScaledSums) {
-                    add_scaled<I>(totals[m][n], parts[m][n], scales, 0, row + 16 * m, column + 8 * n);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) totals[m][n][i] += parts[m][n][i];
-                }
-            }
-    }
 }
+
+// The sums that the multiplies of a stage go to: the totals themselves, partial sums of the stage, or of a few steps.
+template <class I>
+struct StageSums {
+    using Totals = typename I::Total[I::kM][I::kN][4];
+
+    Totals& totals;
+    const uint32* scales;
+    int32 row, column;  // where the warp's tile starts
+    typename I::Sum parts[I::kStageSums ? I::kM : 1][I::kStageSums ? I::kN : 1][4];
+    typename I::Sum small[I::kM][4];
+
+    // One multiply of fragment (m, n); `begins` the stage, `fresh`: begins a small sum.
+    __device__ __forceinline__ void multiply(int m, int n, const uint32 (&a)[4], const uint32 (&b)[2], bool begins,
+                                             bool fresh) {
+        if constexpr (I::kSmallSums) {
+            multiply_step<I>(small[m], a, b, fresh);
+        } else if constexpr (I::kStageSums) {
+            multiply_step<I>(parts[m][n], a, b, begins);
+        } else {
+            multiply_step<I>(totals[m][n], a, b, false);
+        }
+    }
+
+    // The small sums of column n are complete, of unit `unit`.
+    __device__ __forceinline__ void add_small(int n, int32 unit) {
+        if constexpr (I::kSmallSums) {
+#pragma unroll
+            for (int m = 0; m < I::kM; ++m)
+                add_scaled<I>(totals[m][n], small[m], scales, unit, row + 16 * m, column + 8 * n);
+        }
+    }
+
+    __device__ __forceinline__ void end_stage() {
+        if constexpr (I::kStageSums) add_stage<I>(totals, parts, scales, row, column);
+    }
+};
+
+// Adds a stage of codes that the instruction multiplies as they are; `between` runs under the first multiplies.
+template <class I, class Between>
+__device__ __forceinline__ void multiply_raw(StageSums<I>& sums, const uint8* a, const uint8* b,
+                                             const Between& between) {
+    constexpr int kSteps = I::A::kRowBytes / 32;
+    const int32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        uint32 x[I::kM][4];
+#pragma unroll
+        for (int m = 0; m < I::kM; ++m) {
+            const int32 place = I::A::offset(sums.row + 16 * m + lane % 16, 2 * s + lane / 16);
+            ptx::ldmatrix_x4(x[m], ptx::shared_address(a + place));
+        }
+#pragma unroll
+        for (int n = 0; n < I::kN; n += 2) {
+            uint32 w[2][2];
+            const int32 line = sums.column + 8 * n + lane / 16 * 8 + lane % 8;
+            ptx::ldmatrix_x4(w, ptx::shared_address(b + I::B::offset(line, 2 * s + lane / 8 % 2)));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int m = 0; m < I::kM; ++m) sums.multiply(m, n + i, x[m], w[i], s == 0, true);
+                sums.add_small(n + i, s);
+            }
+        }
+        if (I::kFillLate && s == kSteps / 2 - 1) between();
+    }
+    sums.end_stage();
+}
+
+// Adds a stage of codes that are decoded.
+template <class I>
+__device__ __forceinline__ void multiply_decoded(StageSums<I>& sums, const uint8* a, const uint8* b) {
+    // Two columns of fragments at a time: as many sums again between two multiplies into the same one.
+    constexpr int kPair = I::kSmallSums ? 1 : 2;
+#pragma unroll(I::kBlocksAtOnce)
+    for (int block = 0; block < I::kDepth / 32; ++block) {
+        RowsFragment<I> rows[I::kM];
+#pragma unroll
+        for (int m = 0; m < I::kM; ++m) rows[m].read(a, sums.row + 16 * m, block);
+#pragma unroll
+        for (int n = 0; n < I::kN; n += kPair) {
+            WeightFragment<I> weights[kPair];
+#pragma unroll
+            for (int i = 0; i < kPair; ++i) weights[i].read(b, sums.scales, sums.column + 8 * (n + i), block);
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+#pragma unroll
+                for (int i = 0; i < kPair; ++i)
+#pragma unroll
+                    for (int m = 0; m < I::kM; ++m)
+                        sums.multiply(m, n + i, rows[m].step[s], weights[i].step[s], block + s == 0,
+                                      s == 0 || I::kSixteens);
+                if (s == 1 || I::kSixteens) sums.add_small(n, I::kSixteens ? 2 * block + s : block);
+            }
+        }
+    }
+    sums.end_stage();
+}
+
+// The block's tile in shared memory, after the ring: registers are for sums.
+template <class I>
+struct TileRows {
+    BlockTile tile;
+    int32 sources[I::kRows];         // rows of a; -1 where there is none and copies may leave it out
+    int32 weights[I::kColumns];      // rows of the expert's weights
+    int32 scale_lines[I::kColumns];  // lines of group scales that they belong to
+
+    __device__ __forceinline__ void find(const GemmArguments& p, const BlockTile& found) {
+        if (threadIdx.x == 0) tile = found;
+        for (int32 r = threadIdx.x; r < I::kRows; r += I::kThreads) {
+            const bool there = r < found.rows;
+            sources[r] = there || !I::kKeep ? source_row(p, found.first_row + (there ? r : 0)) : -1;
+        }
+        for (int32 j = threadIdx.x; j < I::kColumns; j += I::kThreads) {
+            // What comes of a column that is not there, nobody stores.
+            const int32 n = max(weight_row<I::kColumns>(p, found.column_tile, j), 0);
+            weights[j] = n;
+            scale_lines[j] = p.scale_rows == 1 ? n : n / p.scale_rows;
+        }
+    }
+};
 
 // The ring of stages in shared memory, and what a thread remembers of the stage it is filling.
 template <class I>
 struct Ring {
     uint8* shared;
+    int32 kept_expert;  // the tile's, where registers are free
     typename I::CopyA copy_a;
     typename I::CopyB copy_b;
     typename I::Scales scales;
@@ -221,52 +313,75 @@ struct Ring {
         return reinterpret_cast<uint32*>(b(slot) + I::B::kBytes);
     }
 
-    __device__ __forceinline__ Ring(const GemmArguments& p, const BlockTile& tile, uint8* ring, const int32* sources,
-                                    const int32* weight_rows)
-        : shared(ring) {
-        const int64 a_bytes = static_cast<int64>(p.K) * bits_of(I::kA) / 8;
-        const int64 b_bytes = static_cast<int64>(p.K) * bits_of(I::kB) / 8;
-        copy_a.start(p.a, sources, a_bytes);
-        copy_b.start(static_cast<const uint8*>(p.b) + static_cast<int64>(tile.expert) * p.N * b_bytes, weight_rows,
-                     b_bytes);
-        scales.start(p, tile.expert, weight_rows, sources);
+    __device__ __forceinline__ const TileRows<I>& rows() const {
+        return *reinterpret_cast<const TileRows<I>*>(shared + I::kRingBytes);
     }
 
-    // Starts the copies of stage `step`; what of its scales comes through registers is still to be stored.
-    __device__ __forceinline__ void fill(const GemmArguments& p, int32 slot, int32 step) {
-        const int32 k = step * I::kDepth;
-        copy_a.fill(ptx::shared_address(a(slot)), k);
-        copy_b.fill(ptx::shared_address(b(slot)), k);
-        scales.fetch(p, stage_scales(slot), k, I::kSpan);
+    static __device__ __forceinline__ uint32 row_bytes(const GemmArguments& p, Format format) {
+        return static_cast<uint32>(static_cast<int64>(p.K) * bits_of(format) / 8);
+    }
+
+    __device__ __forceinline__ int32 expert() const { return I::kKeep ? kept_expert : rows().tile.expert; }
+
+    __device__ __forceinline__ const uint8* weights(const GemmArguments& p) const {
+        return static_cast<const uint8*>(p.b) + static_cast<int64>(expert()) * p.N * row_bytes(p, I::kB);
+    }
+
+    __device__ __forceinline__ Ring(const GemmArguments& p, uint8* ring, int32 expert) : shared(ring), kept_expert(expert) {
+        copy_a.start(static_cast<const uint8*>(p.a), rows().sources, row_bytes(p, I::kA));
+        copy_b.start(weights(p), rows().weights, row_bytes(p, I::kB));
+    }
+
+    // Starts the copies of columns `k`..; what of their scales comes through registers is still to be stored.
+    __device__ __forceinline__ void fill(const GemmArguments& p, int32 slot, int32 k) {
+        copy_a.fill(ptx::shared_address(a(slot)), k, static_cast<const uint8*>(p.a), rows().sources,
+                    row_bytes(p, I::kA));
+        copy_b.fill(ptx::shared_address(b(slot)), k, weights(p), rows().weights, row_bytes(p, I::kB));
+        scales.fetch(p, expert(), stage_scales(slot), k, I::kSpan, rows().sources, rows().weights,
+                     rows().scale_lines);
     }
 };
 
 template <class I>
-__device__ __forceinline__ void multiply_tile(const GemmArguments& p, Ring<I>& ring,
+__device__ __forceinline__ void multiply_tile(const GemmArguments& p, int32 live_rows, Ring<I>& ring,
                                               typename I::Total (&totals)[I::kM][I::kN][4]) {
-    const int32 steps = (p.K + I::kDepth - 1) / I::kDepth, warp = threadIdx.x / 32;
+    constexpr int kAhead = I::kStages - 1;  // stages that are filled before they are multiplied
+    const int32 warp = threadIdx.x / 32;
     const int32 row = warp / I::kWarpsN * (16 * I::kM), column = warp % I::kWarpsN * (8 * I::kN);
 #pragma unroll
-    for (int s = 0; s < I::kStages - 1; ++s) {
-        if (s < steps) {
-            ring.fill(p, s, s);
+    for (int s = 0; s < kAhead; ++s) {
+        if (s * I::kDepth < p.K) {
+            ring.fill(p, s, s * I::kDepth);
             ring.scales.store(p, ring.stage_scales(s));
         }
         ptx::cp_async_commit();
     }
-    int32 slot = 0, free = I::kStages - 1;
+    const bool busy = row < live_rows;  // the others of a short tile only help to fill
     bool fetched = false;
-    for (int32 step = 0; step < steps; ++step) {
-        ptx::cp_async_wait<I::kStages - 2>();
+    int32 slot = 0;
+    for (int32 k = 0; k < p.K; k += I::kDepth) {
+        ptx::cp_async_wait<kAhead - 1>();
         __syncthreads();
-        // Scales fetched a step ago have arrived by now; their stage is read two barriers from here at the earliest.
-        if (fetched) ring.scales.store(p, ring.stage_scales(free == 0 ? I::kStages - 1 : free - 1));
-        fetched = step + I::kStages - 1 < steps;
-        if (fetched) ring.fill(p, free, step + I::kStages - 1);
-        ptx::cp_async_commit();
-        multiply_stage<I>(totals, ring.a(slot), ring.b(slot), ring.stage_scales(slot), row, column);
-        slot = slot + 1 == I::kStages ? 0 : slot + 1;
-        free = free + 1 == I::kStages ? 0 : free + 1;
+        const auto fill = [&] {
+            // Scales fetched a step ago have arrived by now; their stage is read two barriers from here at the earliest.
+            const int32 free = slot == 0 ? kAhead : slot - 1;
+            if (fetched) ring.scales.store(p, ring.stage_scales(free == 0 ? kAhead : free - 1));
+            fetched = k + kAhead * I::kDepth < p.K;
+            if (fetched) ring.fill(p, free, k + kAhead * I::kDepth);
+            ptx::cp_async_commit();
+        };
+        if (!I::kFillLate) fill();
+        if (I::kWarpsM == 1 || busy) {
+            StageSums<I> sums = {totals, ring.stage_scales(slot), row, column};
+            if constexpr (I::kRaw) {
+                multiply_raw<I>(sums, ring.a(slot), ring.b(slot), fill);
+            } else {
+                multiply_decoded<I>(sums, ring.a(slot), ring.b(slot));
+            }
+        } else if (I::kFillLate) {
+            fill();
+        }
+        slot = slot == kAhead ? 0 : slot + 1;
     }
 }
 
@@ -289,29 +404,27 @@ __device__ __forceinline__ void spread_sums(float* sums, const typename I::Total
 
 template <Format kA, Format kB, Scaling kScaling, int kSpan, int kRows, int kColumns, int kDepth, int kStages,
           int kWarpsM, int kWarpsN>
-__global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
+__global__ void __launch_bounds__(
+    32 * kWarpsM * kWarpsN,
+    Instance<kA, kB, kScaling, kSpan, kRows, kColumns, kDepth, kStages, kWarpsM, kWarpsN>::kBlocks)
     grouped_gemm_kernel(const __grid_constant__ GemmArguments p) {
     using I = Instance<kA, kB, kScaling, kSpan, kRows, kColumns, kDepth, kStages, kWarpsM, kWarpsN>;
-    extern __shared__ __align__(128) uint8 shared[];
+    extern __shared__ __align__(128) unsigned char shared_memory[];
     if (ptx::dynamic_shared_bytes() < I::kSharedBytes) __trap();  // the launch was planned for another shape
     BlockTile tile;
     if (!find_tile(p, tile)) return;
-    int32* sources = reinterpret_cast<int32*>(shared + I::kRingBytes);
-    int32* weight_rows = sources + I::kRows;
-    for (int32 r = threadIdx.x; r < I::kRows; r += I::kThreads)
-        sources[r] = r < tile.rows ? source_row(p, tile.first_row + r) : -1;
-    for (int32 j = threadIdx.x; j < I::kColumns; j += I::kThreads)
-        weight_rows[j] = weight_row<I::kColumns>(p, tile.column_tile, j);
+    TileRows<I>& rows = *reinterpret_cast<TileRows<I>*>(shared_memory + I::kRingBytes);
+    rows.find(p, tile);
     __syncthreads();
     typename I::Total totals[I::kM][I::kN][4] = {};
-    Ring<I> ring(p, tile, shared, sources, weight_rows);
-    multiply_tile<I>(p, ring, totals);
+    Ring<I> ring(p, shared_memory, tile.expert);
+    multiply_tile<I>(p, tile.rows, ring, totals);
     ptx::cp_async_wait<0>();
     __syncthreads();  // all have read the last stage
-    float* sums = reinterpret_cast<float*>(shared);
+    float* sums = reinterpret_cast<float*>(shared_memory);
     spread_sums<I>(sums, totals);
     __syncthreads();
-    store_tile<I::kColumns, I::kThreads>(p, tile, sums, sources);
+    store_tile<I::kColumns, I::kThreads>(p, rows.tile, sums, rows.sources);
 }
 
 }  // namespace pymoe

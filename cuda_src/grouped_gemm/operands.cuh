@@ -31,9 +31,15 @@ struct OperandTile {
         return row >> 2 & 1;
     }
 
+    // Byte at which a row of a sub-tile starts.  Rows of odd sub-tiles change places with a neighbour, so that a row of
+    // 128 bytes that is written at once fills every bank although its halves are two sub-tiles.
+    static __device__ __forceinline__ int32 row_offset(int32 row, int32 sub) {
+        const int32 other = kBits == 8 ? 1 : kBits == 4 ? 2 : 0;
+        return sub * (kRows * kSubPitch) + (row ^ (sub & 1) * other) * kSubPitch;
+    }
+
     static __device__ __forceinline__ int32 offset(int32 row, int32 chunk) {
-        const int32 sub = chunk / kSubChunks, place = (chunk % kSubChunks) ^ exchange(row);
-        return sub * (kRows * kSubPitch) + row * kSubPitch + place * 16;
+        return row_offset(row, chunk / kSubChunks) + ((chunk % kSubChunks) ^ exchange(row)) * 16;
     }
 
     // The raw codes of row `row`, 32-k block `block`, for thread `lane % 4` of the row: k = 8 c .. 8 c + 7, or, where
@@ -41,7 +47,7 @@ struct OperandTile {
     template <bool kSixteens>
     static __device__ __forceinline__ void read(const uint8* tile, int32 row, int32 block, int32 c, uint32 (&raw)[4]) {
         const int32 half = block & 1;
-        const uint8* line = tile + (block >> 1) * (kRows * kSubPitch) + row * kSubPitch;
+        const uint8* line = tile + row_offset(row, block >> 1);
         if constexpr (kBits == 16) {
             const uint4 v = *reinterpret_cast<const uint4*>(line + (((half * 4 + c) ^ exchange(row)) * 16));
             raw[0] = v.x, raw[1] = v.y, raw[2] = v.z, raw[3] = v.w;
@@ -61,50 +67,53 @@ struct OperandTile {
     }
 };
 
-// What a thread copies of an operand for every stage.  kKeep: the addresses stay in registers, which few rows allow;
-// else each is made anew from the row numbers in shared memory.
-template <class Tile, int kRows, int kThreads, bool kKeep>
+// What a thread copies of an operand for every stage.  Every instruction counts here: a warp that copies does not
+// multiply.
+//
+// kKeep: addresses stay in registers, which tiles of few rows have; else each is one product of the row's number, and
+// nothing is remembered at all.  kZeros: rows may be missing (-1) and are zeros then, which saves their traffic.
+template <class Tile, int kRows, int kThreads, bool kKeep, bool kZeros>
 struct OperandCopy {
     static constexpr int kChunks = Tile::kChunks, kPasses = (kRows * kChunks + kThreads - 1) / kThreads;
     static constexpr int kRowsAtOnce = kThreads / kChunks;
 
-    const uint8* base;
-    const int32* rows;  // -1: zeros
-    int64 row_bytes;
     const uint8* from[kKeep ? kPasses : 1];
+    bool there[kZeros ? kPasses : 1];
 
-    __device__ __forceinline__ void start(const void* base_, const int32* rows_, int64 row_bytes_) {
-        base = static_cast<const uint8*>(base_), rows = rows_, row_bytes = row_bytes_;
+    // `base` is the first row, `rows` the numbers of the tile's rows.
+    __device__ __forceinline__ void start(const uint8* base, const int32* rows, uint32 row_bytes) {
         if constexpr (kKeep) {
 #pragma unroll
             for (int pass = 0; pass < kPasses; ++pass) {
-                const int32 row = row_of(pass);
-                const int32 source = row < kRows ? rows[row] : -1;
-                from[pass] = source >= 0 ? base + source * row_bytes : nullptr;
+                const int32 row = is_mine(pass) ? rows[threadIdx.x / kChunks + pass * kRowsAtOnce] : 0;
+                from[pass] = base + static_cast<uint64>(kZeros && row < 0 ? 0 : row) * row_bytes + threadIdx.x % kChunks * 16;
+                if constexpr (kZeros) there[pass] = row >= 0;
             }
         }
     }
 
-    static __device__ __forceinline__ int32 row_of(int pass) { return threadIdx.x / kChunks + pass * kRowsAtOnce; }
+    static __device__ __forceinline__ bool is_mine(int pass) {
+        return kRows * kChunks % kThreads == 0 || threadIdx.x / kChunks + pass * kRowsAtOnce < kRows;
+    }
 
     // Starts the copy of columns `k`.. to the tile at `shared`; beyond the end of rows are zeros.
-    __device__ __forceinline__ void fill(uint32 shared, int32 k) const {
-        const int32 chunk = threadIdx.x % kChunks;
-        const int64 column = static_cast<int64>(k) * Tile::kBits / 8 + chunk * 16;
-        const bool inside = column < row_bytes;
+    __device__ __forceinline__ void fill(uint32 shared, int32 k, const uint8* base, const int32* rows,
+                                         uint32 row_bytes) const {
+        const int32 chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
+        uint32 column = static_cast<uint32>(k) * Tile::kBits / 8;
+        const bool inside = column + chunk * 16 < row_bytes;
+        column = inside ? column : 0;
+        const uint8* const start = kKeep ? nullptr : ptx::opaque(base + column + chunk * 16);
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
-            const int32 row = row_of(pass);
-            if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
-            const uint8* line;
+            if (!is_mine(pass)) break;
+            const uint32 to = shared + Tile::offset(row + pass * kRowsAtOnce, chunk);
             if constexpr (kKeep) {
-                line = from[pass];
+                ptx::cp_async_16(to, from[pass] + column, inside && (!kZeros || there[kZeros ? pass : 0]));
             } else {
-                const int32 source = rows[row];
-                line = source >= 0 ? base + source * row_bytes : nullptr;
+                const uint32 source = static_cast<uint32>(rows[row + pass * kRowsAtOnce]);
+                ptx::cp_async_16(to, start + static_cast<uint64>(source) * row_bytes, inside);
             }
-            const bool valid = inside && line != nullptr;
-            ptx::cp_async_16(shared + Tile::offset(row, chunk), valid ? line + column : base, valid);
         }
     }
 };

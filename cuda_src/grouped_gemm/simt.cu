@@ -58,8 +58,8 @@ struct SimtTile {
     }
 
     __device__ __forceinline__ float group_scale(int32 n, int32 g) const {
-        const int64 lines = (p.N + p.scale_rows - 1) / p.scale_rows;
-        const int64 at = (tile.expert * lines + n / p.scale_rows) * p.groups + g;
+        const int64 line = static_cast<int64>(tile.expert) * p.scale_lines + n / p.scale_rows;
+        const int64 at = line * p.groups + g;
         return read_scale_apart(p.group_scale, at, p.group_scale_format);
     }
 

@@ -46,7 +46,8 @@ def activation_fields(call: str, config: ActivationConfig) -> ActivationFields:
     kind = config.activation
     if isinstance(kind, RegisteredActivation) or not isinstance(kind, MoEActivation):
         remedy = "Use NumPy arrays"
-        raise UnsupportedError(complaint(call, "activation", "be a MoEActivation on CUDA", kind, remedy))
+        name = getattr(kind, "name", kind)
+        raise UnsupportedError(complaint(call, "activation", "be a MoEActivation on CUDA", name, remedy))
     p = config.resolved()
 
     def number(name: str, otherwise: float) -> float:

@@ -7,6 +7,7 @@ kernels that g++ has compiled ("emulated", marked `compile`).
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import inspect
 import sys
@@ -16,7 +17,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from pymoe.codec.weights import WeightOperand
 from pymoe.contracts import DeviceRowMap, RowMap
+from pymoe.device import arch
 from pymoe.device.launch import LaunchPlan
 from tests.emulator import emulator
 
@@ -66,7 +69,10 @@ class emulation:
 
     def __enter__(self):
         names = [name for name in sys.modules if name.startswith("pymoe.ops.") and not name.endswith("_cuda")]
-        self._patches = [mock.patch.object(LaunchPlan, "__call__", emulator.emulated)]
+        self._patches = [
+            mock.patch.object(LaunchPlan, "__call__", emulator.emulated),
+            mock.patch.object(arch, "current_arch", lambda: "sm_80"),
+        ]
         for name in names:
             if hasattr(sys.modules[name], "is_cuda"):
                 self._patches.append(mock.patch.object(sys.modules[name], "is_cuda", _is_array))
@@ -116,6 +122,9 @@ def _is_array(x):
 
 
 def _sent(x, send):
+    if isinstance(x, WeightOperand):
+        fields = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
+        return WeightOperand(**{name: _sent(value, send) for name, value in fields.items()})
     if isinstance(x, HostMap):
         return x.device
     if isinstance(x, RowMap):

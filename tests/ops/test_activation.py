@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 
 from pymoe.activations import ActivationConfig, register_activation
-from pymoe.errors import ArgumentError, DTypeError, KernelCompileError, ShapeError
-from pymoe.ops.activation import activation
+from pymoe.errors import ArgumentError, DTypeError, KernelCompileError, ShapeError, UnsupportedError
+from pymoe.ops import activation as public_activation
+from tests.ops import devices
+
+activation = devices.staged(public_activation)
 
 BF16 = ml_dtypes.bfloat16
 U = 2.0**-24  # unit roundoff of float32
 TINY = 2.0**-126  # smallest normal float32
 
 
-@pytest.fixture(params=("numpy", "numba"))
+@pytest.fixture(params=devices.BACKENDS)
 def backend(request):
     return request.param
 
@@ -294,6 +297,10 @@ def test_registered_activations_agree(backend):
     gated = register_activation("test_geglu_like", geglu_like)
     plain = register_activation("test_soft_threshold", soft_threshold, gated=False)
     x = sample(6, (11, 26))
+    if backend in devices.ON_DEVICE:
+        with pytest.raises(UnsupportedError, match="be a MoEActivation on CUDA; got test_geglu_like"):
+            activation(x, gated, backend=backend)
+        return
     y = activation(x, gated, backend=backend)
     want = np.array([[geglu_like(float(r[i]), float(r[13 + i])) for i in range(13)] for r in x])
     scale = np.abs(want) + np.abs(want / np.where(x[:, 13:] == 0.25, 1, x[:, 13:] - 0.25)) * (1 + np.abs(x[:, 13:]))
@@ -304,6 +311,7 @@ def test_registered_activations_agree(backend):
     assert np.array_equal(activation(x, plain, backend=backend), y)
 
 
+@pytest.mark.parametrize("backend", devices.HOST)
 def test_registered_activation_is_replaced(backend):
     x = sample(7, (2, 4))
     first = register_activation("test_replaced", lambda v: v, gated=False)

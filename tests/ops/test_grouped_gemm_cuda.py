@@ -1,4 +1,7 @@
-"""The CUDA grouped GEMM beyond what every backend is asked: tiles, the activation in it, gathers, dirty memory."""
+"""The CUDA grouped GEMM beyond what every backend is asked: tiles, the activation in it, gathers, dirty memory.
+
+Most of it runs on the GPU and, without one, on the kernels that g++ has compiled (see `devices`).
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pymoe.activations import ActivationConfig
+from pymoe.activations import ActivationConfig, register_activation
 from pymoe.codec.weights import WeightOperand
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from pymoe.ops import activation as activate
+from pymoe.ops import grouped_gemm
+from tests.ops import devices
 from tests.ops.test_grouped_gemm import SCHEMES, integers, loops, offsets_for, quantized
-
-cupy = pytest.importorskip("cupy")
-pytestmark = pytest.mark.gpu
 
 BF16 = ml_dtypes.bfloat16
 HIDDEN = {"float32": np.float32, "float16": np.float16, "bfloat16": BF16}
@@ -25,26 +27,42 @@ SHAPES = {"whole": (3, 64, 256, 23), "tails": (4, 72, 288, 300), "odd": (3, 33, 
 FILLS = (0xFF, 0x7F, 0x00)
 
 
-def on_device(operand):
+@pytest.fixture(params=devices.DEVICES)
+def device(request):
+    return request.param
+
+
+def sent(x, device):
+    return devices.to_cupy(x) if device == "cuda" and isinstance(x, np.ndarray) else x
+
+
+def on_device(operand, device):
     given = {f.name: getattr(operand, f.name) for f in dataclasses.fields(operand)}
-    return WeightOperand(**{k: cupy.asarray(v) if isinstance(v, np.ndarray) else v for k, v in given.items()})
+    return WeightOperand(**{name: sent(value, device) for name, value in given.items()})
 
 
-def multiply(a, operand, offsets, *, tile_rows=64, out=None, out_dtype=np.float32, act=None, rows=None, **options):
-    """Run on the device with one tile shape; the answer starts as NaN."""
+def multiply(device, a, operand, offsets, *, tile_rows=64, out=None, out_dtype=np.float32, act=None, **options):
+    """Run with one tile shape; an answer that is not given starts as NaN.  Arrays of the device stay as they are."""
     from pymoe.ops.grouped_gemm import _cuda
 
-    arrays = {k: cupy.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-    if "gather" in arrays:
-        arrays["gather"] = arrays["gather"].astype(np.int32)
-    P = rows or (len(a) if options.get("gather") is None else len(options["gather"]))
+    if "gather" in options:
+        options["gather"] = options["gather"].astype(np.int32)
+    P = len(a) if options.get("gather") is None else len(options["gather"])
     width = operand.codes.shape[1] if act is None else act.width(operand.codes.shape[1])
-    out = cupy.full((P, width), np.nan, np.float32).astype(out_dtype) if out is None else out
-    tiles = _cuda.list_tiles(cupy.asarray(offsets, np.int32), P, tile_rows)
-    w = operand if isinstance(operand.codes, cupy.ndarray) else on_device(operand)
-    y = _cuda.grouped_gemm(cupy.asarray(a), w, tiles, activation=act, out=out, **arrays)
-    assert y is out
-    return cupy.asnumpy(y)
+    out = sent(np.full((P, width), np.nan, out_dtype), device) if out is None else out
+    a, offsets, w = sent(a, device), sent(np.asarray(offsets, np.int32), device), on_device(operand, device)
+    options = {name: sent(value, device) for name, value in options.items()}
+
+    def run():
+        tiles = _cuda.list_tiles(offsets, P, tile_rows)
+        return _cuda.grouped_gemm(a, w, tiles, activation=act, out=out, **options)
+
+    if device == "emulated":
+        with devices.emulation():
+            assert run() is out
+        return out
+    assert run() is out
+    return out.get()
 
 
 def bits(x):
@@ -72,18 +90,18 @@ def combinations():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scheme, hidden", list(combinations()))
-def test_every_pair_in_every_tile_shape(scheme, hidden, shape):
+def test_every_pair_in_every_tile_shape(device, scheme, hidden, shape):
     """Float64 within the limit of all backends, and the same bits whatever the tile, the neighbours and the memory."""
     codes, scale, key, operand, x, w, offsets = problem(scheme, shape, HIDDEN[hidden])
     given = {} if scale is None else {"a_scale": scale, "a_key": key}
-    answers = [multiply(codes, operand, offsets, tile_rows=rows, **given) for rows in TILE_ROWS]
+    answers = [multiply(device, codes, operand, offsets, tile_rows=rows, **given) for rows in TILE_ROWS]
     expected, magnitude = loops(x, w, offsets), loops(np.abs(x), np.abs(w), offsets).max()
     np.testing.assert_allclose(answers[0], expected, rtol=0, atol=magnitude * 2.0**-18)
     for other in answers[1:]:
         np.testing.assert_array_equal(bits(other), bits(answers[0]))
     last = len(codes) - 1
     part = {} if scale is None else {"a_scale": scale[last:] if len(scale) > 1 else scale, "a_key": key}
-    alone = multiply(codes[last:], operand, np.r_[np.zeros(len(offsets) - 1, int), 1], tile_rows=16, **part)
+    alone = multiply(device, codes[last:], operand, np.r_[np.zeros(len(offsets) - 1, int), 1], tile_rows=16, **part)
     np.testing.assert_array_equal(bits(alone), bits(answers[0][last:]))
 
 
@@ -94,29 +112,29 @@ def test_every_pair_in_every_tile_shape(scheme, hidden, shape):
     [(1, 1, 1, 1), (3, 5, 7, 4), (2, 33, 15, 9), (5, 64, 16, 65), (4, 31, 130, 3), (7, 4, 65, 300), (1, 3, 5, 1000),
      (2, 3, 17, 0), (3, 130, 1000, 70), (2, 257, 72, 129), (8, 128, 64, 1), (2, 200, 200, 400)],
 )  # fmt: skip
-def test_exact_integers_bit_for_bit(dtype, tile_rows, E, N, K, P):
+def test_exact_integers_bit_for_bit(device, dtype, tile_rows, E, N, K, P):
     w, a = integers((E, N, K), 1, dtype=HIDDEN[dtype]), integers((P, K), 2, dtype=HIDDEN[dtype])
     offsets = offsets_for(E, P)
-    y = multiply(a, WeightOperand.unquantized(w), offsets, tile_rows=tile_rows)
+    y = multiply(device, a, WeightOperand.unquantized(w), offsets, tile_rows=tile_rows)
     np.testing.assert_array_equal(y, loops(a, w, offsets))
 
 
 @pytest.mark.parametrize("weights", HIDDEN)
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_any_hidden_dtype_by_any_weight_dtype(hidden, weights):
+def test_any_hidden_dtype_by_any_weight_dtype(device, hidden, weights):
     w, a, offsets = (
         integers((3, 40, 64), 1, dtype=HIDDEN[weights]),
         integers((50, 64), 2, dtype=HIDDEN[hidden]),
         [0, 20, 20, 50],
     )
     for out_dtype in HIDDEN.values():
-        y = multiply(a, WeightOperand.unquantized(w), np.array(offsets), out_dtype=out_dtype)
+        y = multiply(device, a, WeightOperand.unquantized(w), np.array(offsets), out_dtype=out_dtype)
         np.testing.assert_array_equal(y.astype(np.float64), loops(a, w, offsets).astype(out_dtype).astype(np.float64))
 
 
 @pytest.mark.parametrize("block", [True, False])
 @pytest.mark.parametrize("K", [4992, 4999])
-def test_int8_sums_are_exact_integers(K, block):
+def test_int8_sums_are_exact_integers(device, K, block):
     """Products of about 127 by 127 whose sum passes 2^26, where float32 sums would round."""
     import pymoe
 
@@ -137,25 +155,25 @@ def test_int8_sums_are_exact_integers(K, block):
         scale, limit = np.array([[1], [0.5]], np.float32), 0
     operand = WeightOperand.from_quant_config(w, config.w1, config, K)
     for rows in TILE_ROWS:
-        y = multiply(a, operand, [0, 2], a_scale=scale, a_key=config.activation_key, tile_rows=rows)
+        y = multiply(device, a, operand, [0, 2], a_scale=scale, a_key=config.activation_key, tile_rows=rows)
         expected = exact.astype(np.float32) * (1 if block else scale)
         np.testing.assert_allclose(y, expected, rtol=limit * K / 128)
 
 
-def test_gather_reads_the_token_of_a_slot():
+def test_gather_reads_the_token_of_a_slot(device):
     topk, w, x = 3, integers((4, 40, 64), 1, dtype=BF16), integers((10, 64), 2, dtype=BF16)
     slots = np.random.default_rng(5).permutation(30).astype(np.int32)
     offsets = offsets_for(4, 30)
-    y = multiply(x, WeightOperand.unquantized(w), offsets, gather=slots, gather_div=topk)
+    y = multiply(device, x, WeightOperand.unquantized(w), offsets, gather=slots, gather_div=topk)
     np.testing.assert_array_equal(y, loops(x, w, offsets, slots // topk))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_beyond_the_live_ones_are_not_touched(dtype):
+def test_rows_beyond_the_live_ones_are_not_touched(device, dtype):
     w, x = integers((3, 24, 64), 1, dtype=HIDDEN[dtype]), integers((9, 64), 2, dtype=HIDDEN[dtype])
     slots = np.full(200, -1, np.int32)
     slots[:20] = np.arange(20) % 9
-    y = multiply(x, WeightOperand.unquantized(w), [0, 5, 5, 20], gather=slots, tile_rows=16)
+    y = multiply(device, x, WeightOperand.unquantized(w), [0, 5, 5, 20], gather=slots, tile_rows=16)
     np.testing.assert_array_equal(y[:20], loops(x, w, [0, 5, 5, 20], slots[:20]))
     assert np.isnan(y[20:]).all()
 
@@ -175,7 +193,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("N", [6, 96, 128, 258, 260])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.activation.value}_{c.clamp_limit}")
-def test_activation_of_exact_sums(config, N):
+def test_activation_of_exact_sums(device, config, N):
     """Sums of quarters are exact, so only the activation itself can differ, by 4 ulp of float32 before the rounding."""
     w, a = integers((3, N, 64), 1, -2, 3), integers((75, 64), 2, -2, 3) / 4
     bias, offsets = integers((3, N), 3) / 8, offsets_for(3, 75)
@@ -184,34 +202,29 @@ def test_activation_of_exact_sums(config, N):
     for dtype in (np.float32, BF16):
         operand = WeightOperand.unquantized(w.astype(dtype), bias)
         for rows in TILE_ROWS:
-            y = multiply(a.astype(dtype), operand, offsets, act=config, tile_rows=rows)
+            y = multiply(device, a.astype(dtype), operand, offsets, act=config, tile_rows=rows)
             ulp = np.spacing(np.maximum(np.abs(expected), np.float32(2.0**-126)))
             assert (np.abs(y - expected) <= 4 * ulp).all()
-            rounded = multiply(a.astype(dtype), operand, offsets, act=config, tile_rows=rows, out_dtype=BF16)
+            rounded = multiply(device, a.astype(dtype), operand, offsets, act=config, tile_rows=rows, out_dtype=BF16)
             np.testing.assert_array_equal(bits(rounded), bits(y.astype(BF16)))
 
 
 @pytest.mark.parametrize(
     "scheme", [None, "fp8_w8a8", "fp8_w8a8_block", "int8_w8a8", "int4_w4a16_zp", "mxfp4_w4a16", "mxfp4"]
 )
-def test_O3_O4_nan_stays_in_its_row_and_memory_does_not_matter(scheme):
-    shape = (3, 96, 288, 40)
+def test_O3_O4_nan_stays_in_its_row_and_memory_does_not_matter(device, scheme):
     if scheme is None:
         rng = np.random.default_rng(0)
         codes, scale, key = rng.standard_normal((40, 288)).astype(BF16), None, None
         operand = WeightOperand.unquantized(rng.standard_normal((3, 96, 288)).astype(BF16))
     else:
-        codes, scale, key, operand, _, _ = quantized(scheme, *shape)
+        codes, scale, key, operand, _, _ = quantized(scheme, 3, 96, 288, 40)
         codes = codes if key is not None else codes.astype(BF16)
-    w, offsets = on_device(operand), offsets_for(3, 40)
-    answers = []
-    for fill in FILLS:
-        pool = cupy.get_default_memory_pool()
-        dirty = [cupy.full(1 << 22, fill, np.uint8) for _ in range(8)]
-        del dirty
+    w, offsets, answers = on_device(operand, device), offsets_for(3, 40), []
+    for fill in FILLS if device == "cuda" else FILLS[:1]:
+        dirty_memory(device, fill)
         given = {} if scale is None else {"a_scale": scale, "a_key": key}
-        answers += [multiply(codes, w, offsets, tile_rows=rows, **given) for rows in TILE_ROWS]
-        pool.free_all_blocks()
+        answers += [multiply(device, codes, w, offsets, tile_rows=rows, **given) for rows in TILE_ROWS]
     for other in answers[1:]:
         np.testing.assert_array_equal(bits(other), bits(answers[0]))
     given, poisoned = {}, codes.copy()
@@ -219,33 +232,51 @@ def test_O3_O4_nan_stays_in_its_row_and_memory_does_not_matter(scheme):
         poisoned[7, 5] = np.nan
     else:
         bad = scale.copy()
-        bad[min(7, len(bad) - 1)] = 255 if bad.dtype == np.uint8 else np.nan
+        bad[7] = 255 if bad.dtype == np.uint8 else np.nan
         given = {"a_scale": bad, "a_key": key}
-    y = multiply(poisoned, w, offsets, **given)
-    assert np.isnan(y[7]).all()
-    keep = np.arange(40) != 7
-    np.testing.assert_array_equal(bits(y[keep]), bits(answers[0][keep]))
+    for rows in TILE_ROWS:
+        y = multiply(device, poisoned, w, offsets, tile_rows=rows, **given)
+        assert np.isnan(y[7]).all()
+        keep = np.arange(40) != 7
+        np.testing.assert_array_equal(bits(y[keep]), bits(answers[0][keep]))
+
+
+def dirty_memory(device, fill):
+    """Leave bytes `fill` in the memory that the next arrays will lie in; the emulator dirties shared memory itself."""
+    if device == "cuda":
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()
+        kept = [cupy.full(1 << 22, fill, np.uint8) for _ in range(8)]
+        del kept
 
 
 @pytest.mark.parametrize("shift", [1, 3])
-def test_E5_operands_that_start_anywhere(shift):
+def test_E5_operands_that_start_anywhere(device, shift):
     w, a, offsets = integers((2, 24, 64), 1, dtype=BF16), integers((9, 64), 2, dtype=BF16), np.array([0, 4, 9])
 
     def shifted(x):
-        room = cupy.zeros(x.size + shift, x.dtype)
-        room[shift:] = cupy.asarray(x.reshape(-1))
+        room = (
+            np.zeros(x.size + shift, x.dtype)
+            if device == "emulated"
+            else sent(np.zeros(x.size + shift, x.dtype), device)
+        )
+        room[shift:] = sent(x.reshape(-1), device)
         return room[shift:].reshape(x.shape)
 
     out = shifted(np.zeros((9, 24), np.float32))
-    y = multiply(shifted(a), WeightOperand.unquantized(shifted(w)), offsets, out=out)
+    y = multiply(device, shifted(a), WeightOperand.unquantized(shifted(w)), offsets, out=out)
     np.testing.assert_array_equal(y, loops(a, w, offsets))
 
 
+@pytest.mark.gpu
 def test_graph_replays_with_other_rows_and_work_lists():
+    import cupy
+
     from pymoe.ops.grouped_gemm import _cuda
 
     w = integers((5, 40, 64), 1, dtype=BF16)
-    operand, x = on_device(WeightOperand.unquantized(w)), cupy.zeros((60, 64), BF16)
+    operand, x = on_device(WeightOperand.unquantized(w), "cuda"), cupy.zeros((60, 64), BF16)
     offsets, out = cupy.zeros(6, np.int32), cupy.empty((60, 40), np.float32)
     tiles = _cuda.list_tiles(offsets, 60, 16)  # compiles and loads before the capture
     _cuda.grouped_gemm(x, operand, tiles, out=out)
@@ -277,22 +308,24 @@ def test_graph_replays_with_other_rows_and_work_lists():
         ({"out": np.zeros((4, 5), np.float64)}, ShapeError, "out must be C-contiguous"),
     ],
 )
-def test_bad_arguments_are_named(change, kind, text):
+def test_bad_arguments_are_named(device, change, kind, text):
     given = {"a": np.zeros((4, 9), np.float32)} | change
-    out = given.pop("out", None)
+    options = {"out": sent(given["out"], device)} if "out" in given else {}
     with pytest.raises(kind) as caught:
-        multiply(given["a"], WeightOperand.unquantized(np.zeros((2, 5, 9), np.float32)), [0, 1, 4],
-                 out=None if out is None else cupy.asarray(out))  # fmt: skip
+        operand = WeightOperand.unquantized(np.zeros((2, 5, 9), np.float32))
+        multiply(device, given["a"], operand, [0, 1, 4], **options)
     assert text in str(caught.value)
 
 
-def test_what_the_device_does_not_have_is_refused():
-    from pymoe.activations import register_activation
-    from pymoe.ops import grouped_gemm
-
+def test_registered_activations_are_refused(device):
     operand = WeightOperand.unquantized(np.zeros((2, 6, 9), np.float32))
     mine = ActivationConfig(register_activation("test_cuda_registered", lambda g, u: g * u))
     with pytest.raises(UnsupportedError, match="activation must be a MoEActivation on CUDA"):
-        multiply(np.zeros((4, 9), np.float32), operand, [0, 1, 4], act=mine)
+        multiply(device, np.zeros((4, 9), np.float32), operand, [0, 1, 4], act=mine)
+
+
+@pytest.mark.gpu
+def test_cupy_arrays_have_no_other_backend():
+    operand = on_device(WeightOperand.unquantized(np.zeros((2, 6, 9), np.float32)), "cuda")
     with pytest.raises(ArgumentError, match="backend must be cuda or None"):
-        grouped_gemm(cupy.zeros((4, 9), np.float32), on_device(operand), [0, 1, 4], backend="numba")
+        grouped_gemm(sent(np.zeros((4, 9), np.float32), "cuda"), operand, [0, 1, 4], backend="numba")

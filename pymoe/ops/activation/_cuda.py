@@ -43,15 +43,19 @@ def activation(x: Array, config: ActivationConfig, out: Array | None, out_dtype:
         out = cupy.empty((R, width), x.dtype if out_dtype is None else out_dtype)
     elif out_dtype is not None:
         raise ArgumentError(complaint(_CALL, "out_dtype", "be None where out is given", out_dtype))
-    if out.shape != (R, width) or not out.flags.c_contiguous:
-        raise ShapeError(complaint(_CALL, "out", f"be C-contiguous of shape {(R, width)}", out.shape))
+    if out.shape != (R, width):
+        raise ShapeError(complaint(_CALL, "out", f"have shape {(R, width)}", out.shape))
     for name, array in (("x", x), ("out", out)):
         if array.dtype not in _FLOATS:
             raise DTypeError(complaint(_CALL, name, "be float32, float16 or bfloat16", array.dtype))
     if cupy.may_share_memory(x, out):
         raise ArgumentError(complaint(_CALL, "out", "not overlap x", "overlapping memory"))
+    fields = activation_fields(_CALL, config)
     if out.size:
-        launch(cupy.ascontiguousarray(x), out, activation_fields(_CALL, config))
+        rows = out if out.flags.c_contiguous else cupy.empty(out.shape, out.dtype)
+        launch(cupy.ascontiguousarray(x), rows, fields)
+        if rows is not out:
+            out[...] = rows
     return out
 
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from pymoe.activations import ActivationConfig
 from pymoe.codec.weights import WeightOperand
-from pymoe.device.arch import current_arch
+from pymoe.device import arch as archs
 from pymoe.device.arrays import BFLOAT16, namespace
 from pymoe.device.enumerators import FORMATS, NO_ACTIVATION, SCALES, activation_fields
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
+from pymoe.device.parameters import address
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
 from pymoe.ops.grouped_gemm import _cuda_arguments as arguments
 from pymoe.ops.grouped_gemm._cuda_instances import Instance, Operands, all_instances, choose, choose_tile_rows
@@ -31,6 +32,8 @@ Array = Any
 _CALL = "grouped_gemm"
 _FLOATS = {np.dtype("float32"): "F32", np.dtype("float16"): "FP16", BFLOAT16: "BF16"}
 _CODES = {"fp8": "E4M3", "int8": "S8", "uint8b128": "U8", "uint8": "U8", "uint4b8": "U4", "uint4": "U4", "fp4": "E2M1"}
+_HALVES = 1
+"""`GateLayout::kHalves`."""
 _LIST_TILES = LaunchPlan(KernelId("grouped_gemm/list_tiles.cu", "pymoe::list_tiles_kernel"), (1, 1, 1), (1024, 1, 1))
 
 
@@ -142,10 +145,12 @@ def grouped_gemm(
     _check_output(out, width, w, (E, N))
     if out.shape[0] == 0 or width == 0 or rows.tiles.shape[0] == 0 or E == 0:
         return out
-    instance = choose(operands, rows.tile_rows, current_arch())
     fields = NO_ACTIVATION if activation is None else activation_fields(_CALL, activation)
-    columns = instance.columns // 2 if fields[1] == 1 and activation is not None else instance.columns
-    column_tiles = -(-(width if columns < instance.columns else N) // columns)
+    halves = activation is not None and fields[1] == _HALVES
+    uniform = w.block[0] % 64 == 0 and (not halves or width % 64 == 0)
+    instance = choose(operands._replace(uniform=uniform), rows.tile_rows, archs.current_arch())
+    # A tile of gate and up halves has half as many columns of the answer.
+    column_tiles = -(-(2 * width if halves else N) // instance.columns)
     a, codes = _aligned(a), _aligned(w.codes)
     sizes = arguments.Sizes(
         operands.K, N, width, rows.tiles.shape[0], column_tiles, gather_div,
@@ -154,7 +159,7 @@ def grouped_gemm(
         FORMATS[_FLOATS[out.dtype]],
     )  # fmt: skip
     pointers = arguments.Pointers(
-        a.data.ptr, codes.data.ptr, out.data.ptr, rows.tiles.data.ptr, rows.tile_count.data.ptr, _pointer(gather),
+        address(a), address(codes), address(out), address(rows.tiles), address(rows.tile_count), _pointer(gather),
         _pointer(a_scale), _pointer(w.group_scale), _pointer(w.row_scale), _pointer(w.bias), _pointer(w.zp),
     )  # fmt: skip
     _plan(instance, sizes.capacity * column_tiles)(arguments.pack(pointers, sizes, fields))
@@ -240,23 +245,24 @@ def _check_output(out: Array, width: int, w: WeightOperand, lines: tuple[int, in
             )
 
 
-def _group_sizes(w: WeightOperand, operands: Operands, key: QuantKey | None) -> tuple[int, int, int, float, int]:
-    """Return group, groups, rows that share a scale, 1 / group, and whether scales enter before the sum."""
+def _group_sizes(w: WeightOperand, operands: Operands, key: QuantKey | None) -> tuple[int, int, int, int, float, int]:
+    """Return group, groups, rows that share a scale, lines of scales, 1 / group, whether they enter before the sum."""
     if w.group_scale is None:
-        return operands.K or 1, 1, 1, 1.0, 0
+        return operands.K or 1, 1, 1, 1, 1.0, 0
     blocks = operands.a_groups and key is not None and key.dtype in ("fp8", "int8")
     blocks = blocks and operands.a == operands.b and w.block[0] > 1
-    return w.block[1], w.group_scale.shape[2], w.block[0], 1 / w.block[1], int(not blocks)
+    lines, groups = w.group_scale.shape[1:]
+    return w.block[1], groups, w.block[0], lines, 1 / w.block[1], int(not blocks)
 
 
 def _stores_four(out: Array, width: int) -> int:
-    return int(width % 4 == 0 and out.data.ptr % 16 == 0)
+    return int(width % 4 == 0 and address(out) % 16 == 0)
 
 
 def _aligned(x: Array) -> Array:
     """Return `x`, or a copy of it where its first element does not lie at a multiple of 16 bytes."""
-    return x if x.data.ptr % 16 == 0 else x.copy()
+    return x if address(x) % 16 == 0 else x.copy()
 
 
 def _pointer(x: Array | None) -> int:
-    return 0 if x is None else x.data.ptr
+    return 0 if x is None else address(x)

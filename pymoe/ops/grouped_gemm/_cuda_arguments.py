@@ -43,6 +43,7 @@ class Sizes(NamedTuple):
     group: int
     groups: int
     scale_rows: int
+    scale_lines: int
     inverse_group: float
     scales_before_sum: int
     vector_store: int
@@ -55,7 +56,7 @@ class Sizes(NamedTuple):
     out_format: int
 
 
-_LAYOUT = struct.Struct("<11Q9if11i5f")
+_LAYOUT = struct.Struct("<11Q10if11i5f4x")
 _VOID = np.dtype(f"V{_LAYOUT.size}")
 
 

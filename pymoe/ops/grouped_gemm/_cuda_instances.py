@@ -21,7 +21,8 @@ BITS = {"F32": 32, "BF16": 16, "FP16": 16, "E4M3": 8, "S8": 8, "U8": 8, "U4": 4,
 
 _SHARED_BYTES = 103 * 1024
 """Of a block at most: two of them fit the 228 KB of an sm_90."""
-
+_FOUR_STAGES = 84 * 1024
+"""Of a block that has four stages; larger ones have three, so that more blocks fit."""
 _MOST_COLUMNS = 1 << 22
 """K up to which the tensor-core kernels find the group of a column by a float32 product."""
 
@@ -30,7 +31,7 @@ class Operands(NamedTuple):
     """What decides which kernel can multiply: formats, K, and where scales change along k.
 
     `group` is 0 where no scale does; `a_groups` says whether activations have such scales too; `scale` is their format
-    (F32, E8M0 or E4M3) on the weights' side.
+    (F32, E8M0 or E4M3) on the weights' side; `uniform` whether any 64 neighbouring columns of a tile share them.
     """
 
     a: str
@@ -39,6 +40,7 @@ class Operands(NamedTuple):
     group: int = 0
     a_groups: bool = False
     scale: str = "F32"
+    uniform: bool = False
 
 
 class Instance(NamedTuple):
@@ -122,7 +124,8 @@ def _pair(operands: Operands) -> _Pair | None:
     elif not group:
         pair = _Pair(a, b, "None", 32)
     elif operands.a_groups:
-        span = 128 if group % 128 == 0 and a == b and a in ("E4M3", "S8") else min(group, 32)
+        whole = a == b and group % 128 == 0 and (a == "S8" or (a == "E4M3" and operands.uniform))
+        span = 128 if whole else min(group, 32)
         pair = _Pair(a, b, "Blocks", span) if group % span == 0 else None
     elif operands.scale == "E4M3":
         pair = _Pair(a, b, "Fold", 16) if group == 16 else None
@@ -144,31 +147,50 @@ def _tensor(pair: _Pair, rows: int, shared_limit: int, arch: str) -> Instance:
     wide = BITS[pair.a] == 16
     columns = 64 if rows == 16 and BITS[pair.b] > 4 else 128
     # A stage holds 64 to 128 bytes of a weight row, and fewer where two-byte activations would fill it.
-    depth = 64 if wide and (rows > 16 or BITS[pair.b] == 16) else 128
-    scaled = pair.scaling in ("Sums", "Blocks")
-    warps = (1, 4) if rows == 16 else (2, 4) if rows == 128 and scaled else (2, 2)
+    depth = 64 if wide and rows > 16 else 128
+    native = _is_native(pair, arch)
+    warps = _warps(pair, rows, native, arch)
     limit = min(_SHARED_BYTES, shared_limit)
     if _shared_bytes(pair, rows, columns, depth, 3) > limit:
         columns = 64
-    stages = max(s for s in (3, 4) if s == 3 or _shared_bytes(pair, rows, columns, depth, s) <= min(limit, 99 * 1024))
+    stages = 4 if _shared_bytes(pair, rows, columns, depth, 4) <= _FOUR_STAGES else 3
     numbers = (pair.span, rows, columns, depth, stages, *warps)
     formats = f"pymoe::Format::k{pair.a}, pymoe::Format::k{pair.b}, pymoe::Scaling::k{pair.scaling}"
     expression = f"pymoe::grouped_gemm_kernel<{formats}, {', '.join(map(str, numbers))}>"
-    native = pair.a == pair.b and (wide or pair.a == "S8" or (pair.a == "E4M3" and arch in ("sm_89", "sm_120")))
     return Instance(
         KernelId("grouped_gemm/grouped_gemm.cu", expression), rows, columns, 32 * warps[0] * warps[1],
         _shared_bytes(pair, rows, columns, depth, stages), native,
     )  # fmt: skip
 
 
+def _is_native(pair: _Pair, arch: str) -> bool:
+    """Whether the tensor cores of `arch` multiply the codes of this pair as they are."""
+    return pair.a == pair.b and (pair.a in (*_FLOATS, "S8") or (pair.a == "E4M3" and arch in ("sm_89", "sm_120")))
+
+
+def _warps(pair: _Pair, rows: int, native: bool, arch: str) -> tuple[int, int]:
+    """Return the warps of a block along rows and columns.
+
+    Warps of 64 by 64 decode least.  Where nothing is decoded, or partial sums lie beside the totals, twice as many
+    smaller ones hide more of the memory's latency; those of int4 just fit the registers of sm_90a.
+    """
+    if rows < 128:
+        return (1, 4) if rows == 16 else (2, 2)
+    if pair.scaling == "Sums" and pair.b == "U4" and arch == "sm_90a":
+        return (2, 2)
+    return (2, 4) if native or pair.scaling in ("Sums", "Blocks") else (2, 2)
+
+
+def _is_uniform(pair: _Pair) -> bool:
+    """Whether all weights of a warp share the scale of a partial sum."""
+    return pair.a == "E4M3" and pair.scaling == "Blocks" and pair.span == 128
+
+
 def _shared_bytes(pair: _Pair, rows: int, columns: int, depth: int, stages: int) -> int:
     """Return `Instance::kSharedBytes` of `grouped_gemm.cu`."""
     units = 1 if pair.scaling == "None" else depth // pair.span
-    words = (
-        units
-        * (columns + 8)
-        * ((pair.b in ("U8", "U4") or pair.scaling == "Fold") + (pair.scaling in ("Sums", "Blocks")))
-    )
+    arrays = (pair.b in ("U8", "U4") or pair.scaling == "Fold") + (pair.scaling in ("Sums", "Blocks"))
+    words = units * ((columns // 16 if _is_uniform(pair) else columns) + 8) * arrays
     words += units * (rows + 8) * (pair.scaling == "Blocks")
     stage = (rows * BITS[pair.a] + columns * BITS[pair.b]) * depth // 8 + 4 * words
-    return max(stages * stage, 4 * rows * (columns + 8)) + 4 * (rows + columns)
+    return max(stages * stage, 4 * rows * (columns + 8)) + 4 * (rows + 2 * columns + 4)

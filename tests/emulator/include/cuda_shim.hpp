@@ -25,7 +25,7 @@
 #define __restrict__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 // Of one block at a time, and blocks run one after the other.
 #define __shared__ static
 
@@ -41,6 +41,8 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
@@ -73,6 +75,8 @@ inline Fiber* current = nullptr;
 inline int alive = 0, waiting = 0;
 inline long barrier_generation = 0;
 inline bool progress = false;
+inline int dynamic_bytes = 0;  // of shared memory, as the launch asked for
+inline long blocks_run = 0;
 
 inline void yield_now() { swapcontext(&current->context, &scheduler); }
 
@@ -219,7 +223,8 @@ inline void launch(void (*function)(void**), void** arguments, const int* grid, 
                 blockIdx = {x, y, z};
                 // What a block finds in shared memory is what another left there.
                 std::memset(shared_bytes(), 0xCB, SHARED);
-                (void)shared;
+                dynamic_bytes = shared;
+                ++blocks_run;
                 run_block();
             }
 }
@@ -308,6 +313,14 @@ inline int __float_as_int(float a) { return int(emulator::to_bits(a)); }
 inline unsigned __float_as_uint(float a) { return unsigned(emulator::to_bits(a)); }
 inline double __longlong_as_double(long long a) { return emulator::from_bits<double>(uint64_t(a)); }
 inline long long __double_as_longlong(double a) { return (long long)emulator::to_bits(a); }
+// Bytes of the eight of `low` and `high` that the nibbles of `selector` name.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t both = uint64_t(high) << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
+[[noreturn]] inline void __trap() { emulator::fail("a trap"); }
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
 inline int __ffs(int a) { return __builtin_ffs(a); }
 inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(unsigned(a)); }
