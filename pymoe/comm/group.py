@@ -27,6 +27,9 @@ from pymoe.errors import CommError, complaint
 Array = Any
 _NOTICE_S = 2.0
 """How long a rank that misses several others waits for one of them to say whom it is waiting for itself."""
+_LOST = 2
+_SENT = {"nothing": 0, "all": 1, "some": _LOST}
+"""What a rank with an error says of its rows: none are under way, all are, or nobody can tell which."""
 _groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
@@ -121,8 +124,11 @@ class Group:
             self._agreed = error
             if (table[:, 3] == Code.LEFT).any():
                 self.broken = error
-            elif header.kind is Kind.COMBINE:
-                self._drain(table)
+            elif header.kind is Kind.COMBINE and self._transfers:
+                if self.transport.recoverable and not (table[:, words_of.TOKENS] == _LOST).any():
+                    self._drain(table)
+                else:
+                    self.broken = error
             raise error
         return table, there, back
 
@@ -227,7 +233,7 @@ class Group:
         """Tell the other ranks of an error in this one; raise what all raise, or return to let `error` go on."""
         if self.broken is not None or error is self._agreed or not self._remaining:
             return
-        if self._own is not None or self._sending == "some":
+        if self._own is not None:
             # Interrupted between two steps that belong together: nobody can tell what is under way.
             text = complaint(self._call, f"rank {self.rank}", "complete the call", type(error).__name__)
             self._break(CommError(text), self.rank)
@@ -235,7 +241,7 @@ class Group:
         kind = Kind.COMBINE if self._transfers or self._remaining < 2 else Kind.CALL
         code = Code.SAW_AN_ERROR if isinstance(error, _SawAnError) else Code.RAISED
         text = f"{type(error).__name__}: {error}"
-        self.post(Header(kind, code, tokens=int(self._sending == "all"), text=text))
+        self.post(Header(kind, code, tokens=_SENT[self._sending], text=text))
         try:
             self.collect("after an error here")
         except CommError as agreed:

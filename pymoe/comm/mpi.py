@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from pymoe.comm.waiting import Wait
@@ -49,20 +50,26 @@ def check_thread(call: str) -> None:
         raise UnsupportedError(complaint(call, "a call", rule, f"another thread, at thread level {name}"))
 
 
+@functools.cache
 def mpi_lock() -> contextlib.AbstractContextManager[Any]:
     """Return what surrounds every use of MPI: a process-wide lock where MPI allows one thread at a time."""
     MPI = load_mpi()
     return contextlib.nullcontext() if MPI.Query_thread() == MPI.THREAD_MULTIPLE else _serial
 
 
-@contextlib.contextmanager
-def mpi_call(what: str) -> Iterator[None]:
-    """Turn an error of MPI into a `CommError`."""
-    MPI = load_mpi()
-    try:
-        yield
-    except MPI.Exception as error:
-        raise CommError(complaint("MPI", what, "reach every rank", error.Get_error_string())) from error
+class mpi_call:
+    """Turn an error of MPI into a `CommError` that says what was going on."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and isinstance(error, load_mpi().Exception):
+            text = error.Get_error_string()  # type: ignore[attr-defined]
+            raise CommError(complaint("MPI", self._what, "reach every rank", text)) from error
 
 
 def finish(call: str, request: Any, seconds: float, what: str) -> None:

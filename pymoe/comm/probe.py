@@ -12,12 +12,13 @@ from pymoe import environment
 from pymoe.comm.group import Group
 from pymoe.comm.header import TOKENS, Header, Kind
 from pymoe.comm.mpi import bounded, load_mpi
+from pymoe.comm.transports.hier import HierTransport
 from pymoe.comm.transports.shm import ShmControl, ShmTransport
 from pymoe.errors import CommError, complaint
 
 Array = Any
 
-TRANSPORTS = ("auto", "local", "shm", "host")
+TRANSPORTS = ("auto", "local", "shm", "host", "hier")
 """What may be asked for; "auto" takes the first that works, in the order of speed."""
 
 
@@ -37,7 +38,7 @@ class Nodes:
     faked: bool
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many nodes there are."""
         return len(np.unique(self.of_rank))
 
@@ -70,12 +71,18 @@ def choose(call: str, group: Group, comm: Any, wanted: str) -> None:
             refused.append(("shm", f"rank {int(np.argmin(table[:, TOKENS]))} cannot use it"))
             shared = None
         group.nodes = nodes
-        if shared is None and wanted not in ("auto", "host"):
+        several = 1 < nodes.number < group.size
+        if not several:
+            refused.append(("hier", "one node" if nodes.number == 1 else "one rank a node"))
+        if shared is None and wanted not in ("auto", "host", "hier"):
             reason = dict(refused)[wanted]
             raise CommError(complaint(call, "transport", f"be usable to be {wanted!r}", reason))
     if shared is not None:
         group.control, group.transport = shared
         refused.append(("host", "shm is faster"))
+    elif wanted == "hier" or (wanted == "auto" and several):
+        group.transport = HierTransport(group.host, group.rank, nodes.of_rank)
+        refused.append(("host", "hier sends less between nodes"))
     group.refused = tuple(refused)
     environment.logger.debug("transport %s; refused %s", group.transport.name, refused)
 
@@ -102,8 +109,8 @@ def _leader(call: str, comm: Any, node_size: int | None, group: Group) -> int:
 
 def _try_shm(call: str, group: Group, comm: Any, nodes: Nodes) -> tuple[tuple[ShmControl, ShmTransport] | None, str]:
     """Return a control and a transport in shared memory after each rank has seen the others' words, or the reason."""
-    if nodes.count > 1:
-        return None, f"{nodes.count} nodes" + (" by PYMOE_NODE_SIZE" if nodes.faked else "")
+    if nodes.number > 1:
+        return None, f"{nodes.number} nodes" + (" by PYMOE_NODE_SIZE" if nodes.faked else "")
     seconds = environment.timeout_s()
     try:
         control = ShmControl(call, comm, seconds)
@@ -142,7 +149,7 @@ def describe(comm: Any) -> list[str]:
     try:
         major, minor = MPI.Get_version()
         library = MPI.Get_library_version().splitlines()[0].strip(" \0,")
-        nodes = 1 if group.nodes is None else group.nodes.count
+        nodes = 1 if group.nodes is None else group.nodes.number
         lines = [
             f"MPI        {library} (MPI {major}.{minor}), threads {levels.get(MPI.Query_thread(), 'multiple')}",
             f"ranks      {group.size} on {nodes} node{'s' * (nodes > 1)}",

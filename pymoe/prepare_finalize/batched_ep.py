@@ -34,6 +34,7 @@ class BatchedEpPrepareAndFinalize(EpPrepareAndFinalize):
     """
 
     _sends_weights = False
+    _reducible = False
 
     def __init__(self, ranks: Ranks, max_num_tokens: int, *, asynchronous: bool = False) -> None:
         super().__init__(ranks, asynchronous=asynchronous)

@@ -68,6 +68,7 @@ class EpPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
     """
 
     _sends_weights = True
+    _reducible = True
 
     def __init__(self, ranks: Ranks, *, asynchronous: bool = False) -> None:
         self.ranks = ranks
@@ -136,7 +137,7 @@ class EpPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
         topk, K = topk_ids.shape[1], a1.shape[1]
         back = self._rows_back(plan, owner)
         payloads = [Payload(as_bytes(sent.rows), plan.token), Payload(meta)]
-        exchange = Exchange(self.ranks, plan, back, payloads, 4 * K)
+        exchange = Exchange(self.ranks, plan, back, payloads, 4 * K, self._reducible)
         values = {"num_experts": num_experts, "topk": topk, "K": K}
         exchange.announce(call, len(a1), values, {"pair": self._pair, "dtype": sent.rows.dtype.name})
         self._exchange = exchange

@@ -35,10 +35,21 @@ class Exchange:
         What travels for each row of the plan.
     width : int
         Bytes of a row that comes back.
+    reducible : bool
+        Whether what comes back is one float32 row for each row sent, to be summed by token.
     """
 
-    def __init__(self, ranks: Ranks, plan: DispatchPlan, back: Array, payloads: Sequence[Payload], width: int) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        plan: DispatchPlan,
+        back: Array,
+        payloads: Sequence[Payload],
+        width: int,
+        reducible: bool = True,
+    ) -> None:
         self.ranks, self.plan, self.payloads, self.width = ranks, plan, payloads, width
+        self._reducible = reducible
         self.back = back
         self._dispatch: Transfer | None = None
         self._combine: Transfer | None = None
@@ -61,7 +72,7 @@ class Exchange:
         # Both ways are opened before anything is sent: opening may be collective, and sending may fail.
         widths = [payload.rows.shape[1] for payload in self.payloads]
         self._dispatch = group.track(group.transport.open_dispatch(self.plan, there, widths))
-        self._combine = group.track(group.transport.open_combine(self.plan, back, self.width))
+        self._combine = group.track(group.transport.open_combine(self.plan, back, self.width, self._reducible))
         group.send(self._dispatch, self.payloads)
 
     def receive(self) -> list[Array]:
@@ -88,3 +99,10 @@ class Exchange:
         group.arrive(self._combine, "while rows are combined")
         group.settle(self._combine, "while rows are combined")
         return self._combine.inbox[0]
+
+    @property
+    def row_of_token(self) -> Array:
+        """Places (M, w) of each token's rows among those collected."""
+        assert self._combine is not None
+        found = self._combine.row_of_token
+        return self.plan.row_of_token if found is None else found

@@ -92,7 +92,7 @@ class AllGatherMonolithicPrepareAndFinalize(FusedMoEPrepareAndFinalizeMonolithic
         assert exchange is not None
         exchange.give_back(fused_expert_output.astype(np.float32))
         rows = exchange.collect().view(np.float32)
-        places = exchange.plan.row_of_token
+        places = exchange.row_of_token
         output = np.empty((len(places), fused_expert_output.shape[1]), fused_expert_output.dtype)
         sum_rows(rows, places, output)
         return output

@@ -57,7 +57,8 @@ class StandardEpPrepareAndFinalize(EpPrepareAndFinalize):
         exchange.give_back(partial.astype(np.float32, copy=False))
 
         def receive() -> None:
-            sum_rows(exchange.collect().view(np.float32), exchange.plan.row_of_token, output)
+            rows = exchange.collect().view(np.float32)
+            sum_rows(rows, exchange.row_of_token, output)
 
         return receive
 

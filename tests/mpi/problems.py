@@ -23,6 +23,8 @@ class Problem:
     w2: np.ndarray
     config: pymoe.FusedMoEQuantConfig | None
     owned: list
+    node_size: int = 1
+    """Ranks whose sums are added first, in a transport that knows nodes."""
 
     @property
     def num_experts(self):
@@ -32,6 +34,14 @@ class Problem:
         """Return (w1, w2, quant_config) of what `rank` owns."""
         mine = np.asarray(self.owned[rank], int)
         return self.w1[mine], self.w2[mine], None if self.config is None else cut(self.config, mine)
+
+    def add(self, parts):
+        """Return the declared sum of one float32 array a rank: by ranks, or in each node first, then by nodes."""
+        total = np.zeros_like(parts[0])
+        for start in range(0, len(parts), self.node_size):
+            node = parts[start : start + self.node_size]
+            total += node[0] if len(node) == 1 else sum(node[1:], np.zeros_like(total) + node[0])
+        return total
 
     def one_process(self, rank_order: bool):
         """Return what one process makes of all tokens in rank order, cut by rank.
@@ -44,19 +54,18 @@ class Problem:
             whole = pymoe.MoELayer(self.w1, self.w2, topk=ids.shape[1], quant_config=self.config)
             y = whole(x, topk_weights=weights, topk_ids=ids)
         else:
-            total = np.zeros(x.shape, np.float32)
-            for owned in self.owned:
-                total += self.partial(x, ids, weights, np.asarray(owned, int))
-            y = total.astype(x.dtype)
+            parts = [self.partial(x, ids, weights, np.asarray(owned, int)) for owned in self.owned]
+            y = self.add(parts).astype(x.dtype)
         return np.split(y, np.cumsum([len(part) for part in self.x])[:-1])
 
     def one_process_monolithic(self, logits):
         """Return the declared sum of what each rank's experts, which route themselves, make of all tokens."""
         x, logits = np.concatenate(self.x), np.concatenate(logits)
         topk = self.ids[0].shape[1]
-        total = np.zeros(x.shape, np.float32)
+        parts = []
         for owned in self.owned:
             if not len(owned):
+                parts.append(np.zeros(x.shape, np.float32))
                 continue
             mapping = np.full(self.num_experts, -1, np.int32)
             mapping[owned] = np.arange(len(owned))
@@ -65,9 +74,10 @@ class Problem:
                                          in_dtype=x.dtype, routing=pymoe.RoutingConfig(topk))  # fmt: skip
             experts = pymoe.CpuMonolithicExperts(sizes, pymoe.FusedMoEQuantConfig())
             kernel = pymoe.FusedMoEKernel(pymoe.SingleProcessMonolithicPrepareAndFinalize(), experts)
-            total += kernel.apply_monolithic(x, w1, w2, router_logits=logits, expert_map=mapping,
-                                             global_num_experts=self.num_experts).astype(np.float32)  # fmt: skip
-        return np.split(total.astype(x.dtype), np.cumsum([len(part) for part in self.x])[:-1])
+            y = kernel.apply_monolithic(x, w1, w2, router_logits=logits, expert_map=mapping,
+                                        global_num_experts=self.num_experts)  # fmt: skip
+            parts.append(y.astype(np.float32))
+        return np.split(self.add(parts).astype(x.dtype), np.cumsum([len(part) for part in self.x])[:-1])
 
     def partial(self, x, ids, weights, owned):
         """Return the float32 sums over the slots of the experts `owned`, in slot order, by one process's kernel."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.mpi.launch import run
-from tests.mpi.test_correctness import TRANSPORTS, check
+from tests.mpi.test_correctness import check
 
+TRANSPORTS = ("host", "shm")
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
 
 

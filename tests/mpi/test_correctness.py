@@ -10,7 +10,9 @@ import pytest
 from tests.mpi.launch import mpiexec, run
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
-TRANSPORTS = ("host", "shm")
+TRANSPORTS = ("host", "shm", "hier")
+# Nodes of two ranks; what does not know nodes does not care.
+NODES = {"hier": {"PYMOE_NODE_SIZE": "2"}}
 
 
 def check(ended, least):
@@ -33,9 +35,14 @@ def test_one_rank_and_more(ranks):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_schemes_and_formats(transport):
-    check(run(4, "correctness", transport, "layer", "schemes", "formats", limit=240), 92)
+    check(run(4, "correctness", transport, "layer", "schemes", "formats", limit=240, **NODES.get(transport, {})), 92)
+
+
+@pytest.mark.parametrize("ranks, size", [(5, 2), (5, 3), (3, 1), (4, 4)])
+def test_nodes_of_different_sizes(ranks, size):
+    check(run(ranks, "correctness", "hier", "layer", limit=240, PYMOE_NODE_SIZE=str(size)), 22)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_thousand_rounds_with_jitter(transport):
-    check(run(4, "correctness", transport, "rounds", limit=240), 1)
+    check(run(4, "correctness", transport, "rounds", limit=240, **NODES.get(transport, {})), 1)

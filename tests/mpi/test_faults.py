@@ -101,6 +101,14 @@ def test_a_stalled_rank_is_named_by_every_survivor(stage, victim):
     assert shared_memory() - before == set()
 
 
+@pytest.mark.parametrize("stage", STAGES[:3])
+def test_an_error_between_nodes(stage):
+    """Rows under way between nodes cannot be taken back: the layer is lost, and a new one works."""
+    ended = job("raise", stage, 1, "hier", PYMOE_NODE_SIZE="2")
+    assert ended.status == 0 and set(raised(ended)) == set(range(RANKS)), ended
+    assert ended.out.count("WORKS AGAIN") == RANKS, ended
+
+
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_an_error_at_close_ends_the_job(victim):
     ended = job("raise", "close", victim)

@@ -61,14 +61,16 @@ class Transfer(abc.ABC):
     """
 
     inbox: list[Array]
+    row_of_token: Array | None = None
+    """Where a combine put the rows of each token, (M, w); None: where the plan says."""
 
     @abc.abstractmethod
     def send(self, payloads: Sequence[Payload]) -> None:
         """Send all rows; what a payload holds may change once `unsettled` is empty."""
 
-    @abc.abstractmethod
     def started(self) -> bool:
         """Return whether another rank may have got something of an unfinished `send`."""
+        return True
 
     @abc.abstractmethod
     def missing(self) -> list[int]:
@@ -88,14 +90,19 @@ class Transport(abc.ABC):
 
     name: str
     capabilities: Capabilities
+    recoverable: bool = True
+    """Whether calls can go on after an error in the middle of one."""
 
     @abc.abstractmethod
     def open_dispatch(self, plan: DispatchPlan, counts: Counts, widths: Sequence[int]) -> Transfer:
         """Get ready to receive payloads with rows of `widths` bytes; those to send are the rows of `plan`."""
 
     @abc.abstractmethod
-    def open_combine(self, plan: DispatchPlan, counts: Counts, width: int) -> Transfer:
-        """Get ready to receive what comes back, rows of `width` bytes; the one payload to send is in rank order."""
+    def open_combine(self, plan: DispatchPlan, counts: Counts, width: int, reducible: bool) -> Transfer:
+        """Get ready to receive what comes back, rows of `width` bytes; the one payload to send is in rank order.
+
+        `reducible` rows are float32, one for each row of the plan: a transport may sum those of a token on the way.
+        """
 
     @abc.abstractmethod
     def close(self, call: str, seconds: float, broken: bool) -> None:
@@ -112,7 +119,7 @@ class FlatTransport(Transport):
     def open_dispatch(self, plan: DispatchPlan, counts: Counts, widths: Sequence[int]) -> Transfer:
         return self.open(DISPATCH, counts, widths)
 
-    def open_combine(self, plan: DispatchPlan, counts: Counts, width: int) -> Transfer:
+    def open_combine(self, plan: DispatchPlan, counts: Counts, width: int, reducible: bool) -> Transfer:
         return self.open(COMBINE, counts, [width])
 
 

@@ -6,7 +6,9 @@ every receiver, and a word per rank tells that they are all there.
 
 from __future__ import annotations
 
+import itertools
 import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from pymoe.comm.control import Control
 from pymoe.comm.header import SEQUENCE, WORDS
 from pymoe.comm.mpi import bounded, load_mpi, mpi_lock
 from pymoe.comm.plan import Counts, counts_of
-from pymoe.comm.transports.base import Capabilities, FlatTransport, Payload, Transfer, gather, rank_offsets, ring
+from pymoe.comm.transports.base import Capabilities, FlatTransport, Payload, Transfer, gather, ring
 from pymoe.comm.waiting import Wait
 from pymoe.errors import CommError, complaint
 
@@ -24,6 +26,7 @@ Array = Any
 LINE = 64
 """Bytes of a cache line: what different ranks write is never in one."""
 _FOLDER = "/dev/shm"
+_ORDERED = platform.machine() in ("x86_64", "AMD64")
 
 
 class SharedWindow:
@@ -51,9 +54,13 @@ class SharedWindow:
         self.parts = [np.frombuffer(query(rank)[0], np.uint8)[:size] for rank in range(comm.Get_size())]
 
     def sync(self) -> None:
-        """Order this rank's loads and stores before and after, as the hardware of any machine needs it."""
-        with mpi_lock():
-            self._window.Sync()
+        """Order this rank's loads and stores before and after it.
+
+        The memory of x86 orders stores with stores and loads with loads by itself; elsewhere MPI has the instruction.
+        """
+        if not _ORDERED:
+            with mpi_lock():
+                self._window.Sync()
 
     def close(self, call: str, seconds: float, broken: bool) -> None:
         """Free the window, collective; a broken one stays until the process ends."""
@@ -203,25 +210,28 @@ class ShmTransfer(Transfer):
     def __init__(
         self, transport: ShmTransport, way: int, window: SharedWindow, counts: Counts, parts: list[tuple[int, int]]
     ) -> None:
-        self._transport, self._way, self._window, self._counts = transport, way, window, counts
+        self._transport, self._way, self._window = transport, way, window
         self._parts = parts
         self._number = transport.number(way)
-        received = int(counts.receive.sum())
-        self._waits_for = [int(rank) for rank in np.flatnonzero(counts.receive)]
-        self.inbox = [self._rows(transport.rank, part, 0, received) for part in range(len(parts))]
+        # Python's integers: with few ranks, arithmetic on small arrays would take longer than the copies.
+        receive: list[int] = counts.receive.tolist()
+        self._send: list[int] = counts.send.tolist()
+        self._start: list[int] = counts.start.tolist()  # type: ignore[union-attr]
+        self._waits_for = [rank for rank, rows in enumerate(receive) if rows]
+        self.inbox = [self._rows(transport.rank, part, 0, sum(receive)) for part in range(len(parts))]
 
     def _rows(self, rank: int, part: int, start: int, stop: int) -> Array:
         first, width = self._parts[part]
         return self._window.parts[rank][first + start * width : first + stop * width].reshape(stop - start, width)
 
     def send(self, payloads: Sequence[Payload]) -> None:
-        counts, transport = self._counts, self._transport
-        to = rank_offsets(counts.send)
+        transport = self._transport
+        to = [0, *itertools.accumulate(self._send)]
         for destination in ring(transport.rank, transport.size):
-            first, last = int(to[destination]), int(to[destination + 1])
+            first, last = to[destination], to[destination + 1]
             if first == last:
                 continue
-            start = int(counts.start[destination])  # type: ignore[index]
+            start = self._start[destination]
             for part, (rows, order) in enumerate(payloads):
                 gather(rows, order, first, last, self._rows(destination, part, start, start + last - first))
         control = transport.control

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -20,6 +21,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 comm = MPI.COMM_WORLD
 rank, ranks = comm.Get_rank(), comm.Get_size()
 transport, groups = sys.argv[1], sys.argv[2:]
+NODE_SIZE = int(os.environ.get("PYMOE_NODE_SIZE", "1")) if transport == "hier" else 1
 
 
 def layer_cases():
@@ -53,6 +55,7 @@ def same(actual, expected):
 def run_layer(case, seed):
     """Return what is wrong with a layer's rows."""
     p = problem(ranks, seed=seed, **case)
+    p.node_size = NODE_SIZE
     w1, w2, config = p.experts(rank)
     placement = case.get("placement", "linear")
     placement = p.owned[rank] if placement == "shuffled" else placement
@@ -94,6 +97,7 @@ def run_format(case, seed):
     case = dict(case)
     kind, late = case.pop("kind"), case.pop("late")
     p = problem(ranks, seed=seed, **case)
+    p.node_size = NODE_SIZE
     w1, w2, config = p.experts(rank)
     topk, K = p.ids[0].shape[1], p.w2.shape[1]
     config = pymoe.FusedMoEQuantConfig() if config is None else config
@@ -143,7 +147,7 @@ def run_rounds(rounds, jitter):
                 time.sleep(rng.random() * 2e-3)
             y = layer(q.x[rank], topk_weights=q.weights[rank], topk_ids=q.ids[rank])
             if number < 32 or number % 16 == 0:
-                q.w1, q.w2, q.owned = p.w1, p.w2, p.owned
+                q.w1, q.w2, q.owned, q.node_size = p.w1, p.w2, p.owned, NODE_SIZE
                 if not same(y, q.one_process(rank_order=True)[rank]):
                     return f"round {number}"
     return ""
