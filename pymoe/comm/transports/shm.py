@@ -83,6 +83,7 @@ class ShmControl(Control):
 
     def __init__(self, call: str, comm: Any, seconds: float) -> None:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self._seconds = seconds
         line = LINE // 8
         header, counts = line, line + WORDS
         block = -(-(counts + 2 * self.size) // line) * line
@@ -136,7 +137,7 @@ class ShmControl(Control):
 
     def close(self, broken: bool) -> None:
         self._own = self._flags = self._headers = self._counts = self.done = self.word = None  # type: ignore[assignment]
-        self._window.close("close", 60.0, broken)
+        self._window.close("MoELayer", self._seconds, broken)
 
 
 class ShmTransport(FlatTransport):

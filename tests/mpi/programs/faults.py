@@ -23,7 +23,7 @@ PLACES = {
     "dispatch": (pymoe.comm.transports.host.HostTransfer, "send"),
     "experts": (pymoe.CpuExperts, "apply"),
     "combine": (Exchange, "give_back"),
-    "close": (pymoe.comm.Group, "close"),
+    "close": (pymoe.comm.Ranks, "close"),
 }
 armed = False
 
