@@ -221,10 +221,8 @@ class MoELayer:
 
         Raises
         ------
-        ClosedError
-            After `close`.
-        ShapeError, DTypeError, ArgumentError
-            An argument is wrong; nothing has been computed.
+        ClosedError, ShapeError, DTypeError, ArgumentError
+            The layer is closed, or an argument is wrong; nothing has been computed.
         """
         self._check_open("MoELayer")
         arrays = (hidden_states, router_logits, topk_weights, topk_ids)
@@ -232,7 +230,11 @@ class MoELayer:
             y = self._tapes.call(arrays, out)
             if y is not None:
                 return y
-        return self._compute(*arrays, input_ids=input_ids, shared_experts_input=shared_experts_input, out=out)
+        y, self._routed = self._compute(
+            *arrays, input_ids=input_ids, shared_experts_input=shared_experts_input, out=out
+        )
+        self._last_load = None if self._ranks is None else self._ranks.load()
+        return y
 
     def _compute(
         self,
@@ -244,8 +246,8 @@ class MoELayer:
         input_ids: Array | None = None,
         shared_experts_input: Array | None = None,
         out: Array | None = None,
-    ) -> Array:
-        """Check the arguments, route, and run the experts."""
+    ) -> tuple[Array, Array]:
+        """Check the arguments, route, and run the experts; return the answer, and ids to count."""
         call = "MoELayer"
         x = as_array(call, "hidden_states", hidden_states)
         checks.hidden(call, "hidden_states", x, self.K)
@@ -264,10 +266,9 @@ class MoELayer:
         with device_of(x):
             weights, ids = self._router.route(call, x, **given, input_ids=input_ids)
             y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, target)
-        # Counted when asked for; the caller's own ids may have changed by then.
-        self._routed = ids if topk_ids is None or not is_cuda(ids) else ids.copy()
-        self._last_load = None if self._ranks is None else self._ranks.load()
-        return as_given(y, hidden_states) if out is None else out
+            # Counted when asked for; the caller's own ids may have changed by then.
+            ids = ids if topk_ids is None or not is_cuda(ids) else ids.copy()
+        return (as_given(y, hidden_states) if out is None else out), ids
 
     def _run(
         self, call: str, kernel: FusedMoEKernel, x: Array, weights: Array, ids: Array, shared_input: Any, out: Any

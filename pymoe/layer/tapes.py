@@ -19,6 +19,7 @@ Array = Any
 
 _MOST = 64
 """Tapes that a layer keeps; each holds a few small arrays, and the parameters of its launches."""
+_UNSEEN: Any = object()
 _BYTES = 16
 """Kernels choose their loads and stores by this alignment, and tapes only know what they chose."""
 
@@ -57,11 +58,11 @@ class Tapes:
         key = self._key(arrays, out)
         if key is None or is_checked():
             return None
-        if key not in self._entries:
+        entry = self._entries.get(key, _UNSEEN)
+        if entry is _UNSEEN:
             self._remember(key, None)
             return None
-        entry = self._entries[key]
-        x = arrays[0]
+        x: Any = arrays[0]
         target = _empty_like(x) if out is None else out
         given = [array for array in (*arrays, target) if array is not None]
         if out is not None and self._overlaps(given):
@@ -83,11 +84,16 @@ class Tapes:
     def _record(self, key: Any, arrays: tuple[Array | None, ...], given: list[Array], target: Array) -> Array:
         """Run the ordinary path and keep its launches; the answer is right either way."""
         recorder, layer = Recorder(given), self._layer
+        workspaces = layer._kernel(target.dtype)[0].impl.workspaces
+        with workspaces.current() as workspace:
+            before = workspace.memory
         with recorder.active():
-            layer._compute(*arrays, out=target)
-        tape = recorder.tape()
-        with layer._kernel(arrays[0].dtype)[0].impl.workspaces.current() as workspace:
-            self._remember(key, _Entry(tape, workspace.memory, layer._routed))
+            _, ids = layer._compute(*arrays, out=target)
+        layer._routed, layer._last_load = ids, None
+        with workspaces.current() as workspace:
+            # Another thread may have made the workspace grow on the way: then nobody knows which one was recorded.
+            if workspace.memory is before:
+                self._remember(key, _Entry(recorder.tape(), before, ids))
         return target
 
     def _remember(self, key: Any, entry: _Entry | None) -> None:

@@ -107,7 +107,7 @@ def quantize_matrices(
             scaling = rules.scaling(key, low, high, None if globals_ is None else globals_[e])
         grid[e] = scaling.scale
         if zp is not None:
-            zp[e] = scaling.offset
+            zp[e] = scaling.offset  # type: ignore[assignment]
         offset = rules.middle(key) if scaling.offset is None else scaling.offset
         module.encode(x[e], block, scaling.factor, offset, coder, codes[e])
     return Quantized(codes, grid, globals_, zp)
