@@ -22,7 +22,7 @@ _SYSTEMS = (
     ),
     System(
         "deepep-ll-h100", 8, inside=132.0, network=48.5, start_us=(24.0, 24.0),
-        source="DeepEP V1 low-latency kernels, 8 H100: dispatch of 128 and 512 tokens",
+        source="DeepEP V1 low-latency kernels, 8 H100: dispatch of 128 and 512 tokens; network as on H800",
     ),
     System(
         "deepep-h200-ib", 8, inside=280.0, network=45.8, start_us=(0, 0),
@@ -44,15 +44,7 @@ _SYSTEMS = (
         "trtllm-gb200-nvl72", 72, inside=688.0, network=45.8, start_us=(12.2, 17.4), floor_us=(18.9, 31.0),
         message_us=0.13,
         source="TensorRT-LLM one-sided all-to-all, GB200 NVL72: EP8 dispatch of 1, 128 and 2048 tokens, EP8 combine "
-        "of 1 and 512, EP64 dispatch of 128",
-    ),
-    System(
-        "nccl-2xh200", 2, inside=295.0, network=45.8, start_us=(9.3, 9.3),
-        source="NCCL 2.28.9 send and receive between two H200, measured: 4 KiB and 256 MiB",
-    ),
-    System(
-        "openmpi-2xh200-host", 2, inside=2.5, network=2.5, start_us=(19.0, 19.0), inside_kind="shm", staging=55.0,
-        source="Open MPI 4.1.6 Alltoall of host arrays, 2 processes, measured: 64 KiB and 128 MiB; staging: PCIe 5 x16",
+        "of 1 and 512, EP64 dispatch of 128; network as on SM90",
     ),
 )  # fmt: skip
 SYSTEMS = {system.name: system for system in _SYSTEMS}
