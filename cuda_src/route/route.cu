@@ -78,13 +78,14 @@ __device__ void close_groups(int32* key, int32* scratch, int E, const Rule& rule
     int32 *group_key = scratch, *kept = scratch + groups;
     int width = E / groups;
     // The lanes that share a group: a power of two, so that a butterfly joins their two best.
-    int team = 1;
-    while (team < WARP && team * 2 * groups <= step) team *= 2;
-    for (int base = 0; base < groups; base += step / team) {
-        int g = base + first / team;
+    int shift = 0;
+    while (shift < 5 && groups << (shift + 1) <= step) ++shift;
+    int team = 1 << shift, member = first & (team - 1);
+    for (int base = 0; base < groups; base += step >> shift) {
+        int g = base + (first >> shift);
         int32 best = CLOSED, second = CLOSED;
         if (g < groups) {
-            for (int i = first % team; i < width; i += team) {
+            for (int i = member; i < width; i += team) {
                 int32 k = key[g * width + i];
                 second = max(second, min(best, k));
                 best = max(best, k);
@@ -95,7 +96,7 @@ __device__ void close_groups(int32* key, int32* scratch, int E, const Rule& rule
             second = max(min(best, other_best), max(second, other_second));
             best = max(best, other_best);
         }
-        if (g < groups && first % team == 0) {
+        if (g < groups && member == 0) {
             float sum = rule.group_best == 2 ? __fadd_rn(unordered(best), unordered(second)) : unordered(best);
             group_key[g] = ordered(sum);
         }

@@ -30,10 +30,10 @@ _NO_DRIVER, _INITIALIZATION_ERROR, _NO_DEVICE = 35, 3, 100
 def cuda_core() -> Any:
     """Return the module ``cuda.core``."""
     try:
-        import cuda.core
+        from cuda import core  # not `import cuda.core`: while another thread imports it, `cuda` has no such attribute
     except ImportError as error:
         raise _missing("cuda-core", "be importable", error) from None
-    return cuda.core
+    return core
 
 
 @lru_cache(maxsize=1)

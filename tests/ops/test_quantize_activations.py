@@ -168,3 +168,50 @@ def test_A3_no_rows_and_no_matrices(name, backend):
         codes, scale = quantize(np.empty(shape, np.float32), name)
         assert codes.shape[:-1] == shape[:-1]
         assert dequantize(codes, scale, name).shape == shape
+
+
+# -- rows of which only the device knows how many are live --
+
+
+@pytest.fixture(params=devices.DEVICES)
+def counted(request):
+    """Return a caller of `quantize_activations` whose arrays all begin as bytes 0x55."""
+
+    def call(x, config, live_rows):
+        if request.param == "cuda":
+            import cupy
+
+            return devices.staged(quantize_stage)(
+                x, config, live_rows=live_rows, empty=lambda s, d: cupy.full(s, 0x55, np.uint8).view(d)
+                if np.dtype(d).itemsize == 1 else cupy.full(s, 0x55555555, np.uint32).view(d), backend="cuda",
+            )  # fmt: skip
+        return devices.staged(quantize_stage)(
+            x, config, live_rows=live_rows, empty=lambda s, d: np.frombuffer(
+                bytearray(b"\x55" * (int(np.prod(s)) * np.dtype(d).itemsize)), d).reshape(s), backend="emulated",
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.mark.parametrize("counts", [[5], [0], [12], [2, 0, 4], [4, 1, 3]])
+@pytest.mark.parametrize("scheme", ACTIVATIONS)
+def test_rows_beyond_the_counts_are_neither_read_nor_written(scheme, counts, counted):
+    x = np.random.default_rng(SEED).standard_normal((12, 160)).astype(np.float32)
+    slab = 12 // len(counts)
+    live = np.concatenate([np.arange(slab) < n for n in counts])
+    x[~live] = np.nan
+    config = config_of(scheme)
+    codes, scale = counted(x, config, np.array(counts, np.int32))
+    want, want_scale = quantize_stage(x[live], config)
+    np.testing.assert_array_equal(codes[live], want)
+    assert (codes[~live].view(np.uint8) == 0x55).all()
+    if scale.shape == (1,):
+        np.testing.assert_array_equal(scale, want_scale)
+    else:
+        np.testing.assert_array_equal(scale[live], want_scale)
+        assert (np.ascontiguousarray(scale[~live]).view(np.uint8) == 0x55).all()
+
+
+def test_counts_belong_to_a_device():
+    with pytest.raises(pymoe.ArgumentError, match="live_rows must be None for arrays in host memory"):
+        quantize_stage(np.ones((2, 64), np.float32), config_of("mxfp8"), live_rows=np.ones(1, np.int32))
