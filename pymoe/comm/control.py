@@ -50,6 +50,10 @@ class Control(abc.ABC):
     def take(self) -> tuple[Array, Counts, Counts]:
         """Return the table (R, 64) of the current exchange, the counts there and back, and turn to the next one."""
 
+    def dead(self) -> int | None:
+        """Return a rank whose process MPI knows to have ended, if it can tell."""
+        return None
+
     @abc.abstractmethod
     def close(self, broken: bool) -> None:
         """Let go of what the control holds; a broken one may not talk to the others any more."""
@@ -118,6 +122,15 @@ class MpiControl(Control):
         self._current += 1
         there = Counts(own[:, COUNT].copy(), table[:, COUNT].copy())
         return table, there, Counts(table[:, BACK].copy(), own[:, BACK].copy())
+
+    def dead(self) -> int | None:
+        # Only an MPI that goes on after the end of a rank (ULFM) comes to this question.
+        try:
+            failed, everyone = self.comm.Get_failed(), self.comm.Get_group()
+            ranks = failed.Translate_ranks(None, everyone)
+        except Exception:  # MPIs without it refuse in several ways
+            return None
+        return min((int(rank) for rank in ranks), default=None)
 
     def close(self, broken: bool) -> None:
         receives, self._receives = self._receives, []

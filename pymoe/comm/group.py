@@ -19,6 +19,7 @@ from pymoe import environment
 from pymoe.comm import header as words_of
 from pymoe.comm.control import Control
 from pymoe.comm.header import Code, Header, Kind
+from pymoe.comm.mpi import TransportError
 from pymoe.comm.plan import Counts, rank_offsets
 from pymoe.comm.transports.base import DISPATCH, FlatTransport, Payload, Transfer, Transport
 from pymoe.comm.waiting import Wait
@@ -198,11 +199,7 @@ class Group:
 
     def _poll(self, stage: str) -> None:
         """Make progress; raise where some rank gave up or left."""
-        try:
-            self.control.poll()
-        except CommError as error:
-            self.broken = error
-            raise
+        self.control.poll()
         for words in self.control.seen():
             code = words_of.code_of(words)
             if code is Code.SILENT:
@@ -231,7 +228,12 @@ class Group:
 
     def _fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error in this one; raise what all raise, or return to let `error` go on."""
-        if self.broken is not None or error is self._agreed or not self._remaining:
+        if self.broken is not None or error is self._agreed:
+            return
+        if isinstance(error, TransportError):
+            self.broken = words_of.end_of(self._call, self.control.dead(), error)
+            raise self.broken from error
+        if not self._remaining:
             return
         if self._own is not None:
             # Interrupted between two steps that belong together: nobody can tell what is under way.

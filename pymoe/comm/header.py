@@ -130,6 +130,13 @@ def silence(call: str, rank: int, seconds: float, stage: str) -> CommError:
     return _error(call, f"rank {rank}", f"answer within {seconds:g} s", f"no word from it {stage}", rank, None)
 
 
+def end_of(call: str, rank: int | None, error: CommError) -> CommError:
+    """Return the error for MPI's own `error`, which came of the end of `rank`, if that is known."""
+    if rank is None:
+        return error
+    return _error(call, f"rank {rank}", "stay until the layer is closed", "its process ended", rank, None)
+
+
 def _error(call: str, argument: str, rule: str, got: str, rank: int, name: str | None) -> CommError:
     error = CommError(complaint(call, argument, rule, got.rstrip(".")))
     error.rank, error.field = rank, name

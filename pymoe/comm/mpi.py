@@ -57,8 +57,12 @@ def mpi_lock() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if MPI.Query_thread() == MPI.THREAD_MULTIPLE else _serial
 
 
+class TransportError(CommError):
+    """An error of MPI itself."""
+
+
 class mpi_call:
-    """Turn an error of MPI into a `CommError` that says what was going on."""
+    """Turn an error of MPI into a `TransportError` that says what was going on."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -69,7 +73,7 @@ class mpi_call:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is not None and isinstance(error, load_mpi().Exception):
             text = error.Get_error_string()  # type: ignore[attr-defined]
-            raise CommError(complaint("MPI", self._what, "reach every rank", text)) from error
+            raise TransportError(complaint("MPI", self._what, "reach every rank", text)) from error
 
 
 def finish(call: str, request: Any, seconds: float, what: str) -> None:

@@ -42,9 +42,16 @@ def mpiexec() -> str | None:
     return os.environ.get("PYMOE_TEST_MPIEXEC") or (str(own) if own.exists() else shutil.which("mpiexec"))
 
 
-def start(ranks: int, program: str, *arguments: object, runner: tuple[str, ...] = ("-m", "mpi4py"), **environment: str):
+def start(
+    ranks: int,
+    program: str,
+    *arguments: object,
+    runner: tuple[str, ...] = ("-m", "mpi4py"),
+    launcher: tuple[str, ...] = (),
+    **environment: str,
+):
     """Start ``programs/<program>.py`` on `ranks` ranks and return the process."""
-    command = [mpiexec(), "-n", str(ranks), sys.executable, *runner, str(PROGRAMS / f"{program}.py")]
+    command = [mpiexec(), *launcher, "-n", str(ranks), sys.executable, *runner, str(PROGRAMS / f"{program}.py")]
     folders = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [*command, *map(str, arguments)],
