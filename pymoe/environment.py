@@ -15,6 +15,7 @@ from pymoe.errors import ArgumentError, complaint
 __all__ = [
     "cache_dir",
     "checked",
+    "cpu_kernels",
     "for_ranks",
     "is_checked",
     "is_launched",
@@ -58,6 +59,14 @@ def cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG rules have relative paths ignored.
     return (Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~"), ".cache")) / "pymoe"
+
+
+def cpu_kernels() -> str:
+    """Return the best instructions that CPU kernels may use, "amx", "avx512" or "plain": ``PYMOE_CPU_KERNELS``."""
+    text = os.environ.get("PYMOE_CPU_KERNELS", "") or "amx"
+    if text not in ("amx", "avx512", "plain"):
+        raise ArgumentError(complaint("pymoe", "PYMOE_CPU_KERNELS", "be amx, avx512 or plain", repr(text)))
+    return text
 
 
 def num_threads() -> int:

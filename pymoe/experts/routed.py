@@ -102,7 +102,8 @@ class ExpertWeights:
         gate_up = None if up is None else up[: P * N].reshape(P, N)
         rows = None if up is None else up[: P * K].reshape(P, K)
         width = self.activation.width(N)
-        hidden = np.empty((P, width), np.float32) if h is None else h[: P * width].reshape(P, width)
+        dtype = np.dtype(np.float32 if key is not None else self.hidden_dtype)
+        hidden = np.empty((P, width), dtype) if h is None else h.view(dtype)[: P * width].reshape(P, width)
         gate_up = grouped_gemm(
             a, self.w1, expert_offsets, gather=gather, a_scale=a_scale, a_key=key,
             out=gate_up, backend=self.backend,
@@ -111,9 +112,6 @@ class ExpertWeights:
         scale = None
         if key is not None:
             hidden, scale = quantize_activations(hidden, config, "a2", scale=a2_scale)
-        elif self.hidden_dtype != np.float32:
-            with np.errstate(all="ignore"):
-                hidden = hidden.astype(self.hidden_dtype)
         return grouped_gemm(
             hidden, self.w2, expert_offsets, a_scale=scale, a_key=key, out=rows,
             backend=self.backend,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
-from pymoe.device.arrays import as_float32
+from pymoe.device.arrays import BFLOAT16, as_float32
 from pymoe.device.numba_cpu import jit
 from pymoe.device.threads import run_blocks
 from pymoe.errors import KernelCompileError, complaint
@@ -74,29 +74,38 @@ _ERFC_EVEN, _ERFC_ODD = _erfc_terms(17)
 
 def activation(x: Array, config: ActivationConfig, out: Array) -> None:
     x = as_float32(x)
+    narrow = out.dtype == BFLOAT16 and out.flags.c_contiguous
+    grain = max(1, _BLOCK_ELEMENTS // max(1, out.shape[1]))
+    if narrow and not isinstance(config.activation, RegisteredActivation):
+        kernel, parameters = _kernel(config)
+        run_blocks(kernel, len(x), x, _NO_FLOATS, out.view(np.uint16), *parameters, grain=grain)
+        return
     y = out if out.dtype == np.float32 and out.flags.c_contiguous else np.empty(out.shape, np.float32)
-    grain = max(1, _BLOCK_ELEMENTS // max(1, y.shape[1]))
     if isinstance(config.activation, RegisteredActivation):
         run_blocks(_compiled(config.activation.fn, config.is_gated), len(x), x, y, grain=grain)
-    elif not config.is_gated:
-        run_blocks(_plain_rows, len(x), x, y, _CODES[config.activation], grain=grain)
     else:
-        _gated(x, config, y, grain)
+        kernel, parameters = _kernel(config)
+        run_blocks(kernel, len(x), x, y, _NO_BITS, *parameters, grain=grain)
     if y is not out:
         with np.errstate(all="ignore"):
             out[...] = y
 
 
-def _gated(x: Array, config: ActivationConfig, y: Array, grain: int) -> None:
+_NO_FLOATS, _NO_BITS = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint16)
+"""One of the two outputs of a kernel is none of these: float32, or the bits of bfloat16."""
+
+
+def _kernel(config: ActivationConfig) -> tuple[Any, tuple[Any, ...]]:
+    """Return the kernel of an activation and its numbers."""
+    if not config.is_gated:
+        return _plain_rows, (_CODES[config.activation],)
     parameters = config.resolved()
     limit = np.float32(np.inf if parameters["clamp_limit"] is None else parameters["clamp_limit"])
     if config.activation in _CODES:
         b, linear = (np.float32(parameters[name] or 0.0) for name in ("situ_beta", "situ_linear_beta"))
-        run_blocks(_gated_rows, len(x), x, y, _CODES[config.activation], limit, b, linear, grain=grain)
-        return
-    minus_alpha, beta = np.float32(-parameters["alpha"]), np.float32(parameters["beta"])
-    kernel = _swiglu_pairs if config.is_interleaved else _swiglu_rows
-    run_blocks(kernel, len(x), x, y, limit, minus_alpha, beta, grain=grain)
+        return _gated_rows, (_CODES[config.activation], limit, b, linear)
+    numbers = limit, np.float32(-parameters["alpha"]), np.float32(parameters["beta"])
+    return (_swiglu_pairs if config.is_interleaved else _swiglu_rows), numbers
 
 
 @_inlined
@@ -181,27 +190,46 @@ def _situ(g, u, b, linear):
 
 
 @jit
-def _swiglu_rows(start, stop, x, y, limit, minus_alpha, beta):
-    I = y.shape[1]  # noqa: E741  the project's symbol
+def _round_row(line, bits):
+    """Round a float32 row to bfloat16, ties to even; NaN stays a quiet NaN."""
+    wide: Any = line.view(np.uint32)
+    for i in range(wide.size):
+        b = np.uint32(wide[i])
+        rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        quiet = (b >> np.uint32(16)) | np.uint32(0x40)
+        bits[i] = quiet if b & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000) else rounded
+
+
+@jit
+def _swiglu_rows(start, stop, x, y, bits, limit, minus_alpha, beta):
+    I, narrow = x.shape[1] // 2, bits.size > 0  # noqa: E741  the project's symbol
+    row = np.empty(I, np.float32)
     for r in range(start, stop):
-        gate, up, line = x[r, :I], x[r, I:], y[r]
+        gate, up, line = x[r, :I], x[r, I:], row if narrow else y[r]
         for i in range(I):
             line[i] = _swiglu(gate[i], up[i], limit, minus_alpha, beta)
+        if narrow:
+            _round_row(line, bits[r])
 
 
 @jit
-def _swiglu_pairs(start, stop, x, y, limit, minus_alpha, beta):
+def _swiglu_pairs(start, stop, x, y, bits, limit, minus_alpha, beta):
+    narrow = bits.size > 0
+    row = np.empty(x.shape[1] // 2, np.float32)
     for r in range(start, stop):
-        row, line = x[r], y[r]
+        pairs, line = x[r], row if narrow else y[r]
         for i in range(len(line)):
-            line[i] = _swiglu(row[2 * i], row[2 * i + 1], limit, minus_alpha, beta)
+            line[i] = _swiglu(pairs[2 * i], pairs[2 * i + 1], limit, minus_alpha, beta)
+        if narrow:
+            _round_row(line, bits[r])
 
 
 @jit
-def _gated_rows(start, stop, x, y, code, limit, b, linear):
-    I = y.shape[1]  # noqa: E741
+def _gated_rows(start, stop, x, y, bits, code, limit, b, linear):
+    I, narrow = x.shape[1] // 2, bits.size > 0  # noqa: E741
+    row = np.empty(I, np.float32)
     for r in range(start, stop):
-        gate, up, line = x[r, :I], x[r, I:], y[r]
+        gate, up, line = x[r, :I], x[r, I:], row if narrow else y[r]
         if code == _GELU:
             for i in range(I):
                 line[i] = _gelu(gate[i]) * up[i]
@@ -215,12 +243,16 @@ def _gated_rows(start, stop, x, y, code, limit, b, linear):
         else:
             for i in range(I):
                 line[i] = _situ(gate[i], up[i], b, linear)
+        if narrow:
+            _round_row(line, bits[r])
 
 
 @jit
-def _plain_rows(start, stop, x, y, code):
+def _plain_rows(start, stop, x, y, bits, code):
+    narrow = bits.size > 0
+    buffer = np.empty(x.shape[1], np.float32)
     for r in range(start, stop):
-        row, line = x[r], y[r]
+        row, line = x[r], buffer if narrow else y[r]
         if code == _SWIGLU:
             for i in range(len(line)):
                 line[i] = _silu(row[i], -_ONE)
@@ -234,6 +266,8 @@ def _plain_rows(start, stop, x, y, code):
             for i in range(len(line)):
                 positive = _ZERO if row[i] < _ZERO else row[i]
                 line[i] = positive * positive
+        if narrow:
+            _round_row(line, bits[r])
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,13 +8,13 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.codec.e8m0 import decode_e8m0
-from pymoe.codec.fp4 import unpack_nibbles
 from pymoe.codec.fp8 import decode_e4m3
-from pymoe.codec.weights import WeightOperand, code_table
-from pymoe.device.arrays import HIDDEN_DTYPES, as_float32, as_numpy, is_cuda
+from pymoe.codec.weights import WeightOperand
+from pymoe.device.arrays import HIDDEN_DTYPES, as_numpy, is_cuda
 from pymoe.device.backend import uses_numba
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 from pymoe.ops.grouped_gemm import _numpy
+from pymoe.ops.grouped_gemm._operands import Rows
 from pymoe.quantization import QuantKey
 
 __all__ = ["grouped_gemm"]
@@ -71,8 +71,9 @@ def grouped_gemm(
     Notes
     -----
     Sums run over k in float32 (int8 by int8: exact integers).  Tensor, channel and token scales multiply the sum
-    afterwards, first the row's, then the weight's; blocks of fp8 and int8 scale their partial sums; mx, nvfp4 and
-    weight-only schemes scale before the sum.  A row's bits depend on no other row, nor on how many rows or threads.
+    afterwards, first the row's, then the weight's; blocks of fp8 and int8 scale their partial sums; mx and nvfp4
+    scale before the sum, weight-only schemes there or their partial sums, see ``docs/numerics``.  A row's bits depend
+    on no other row, nor on how many rows or threads.
 
     Source
     ------
@@ -94,19 +95,14 @@ def grouped_gemm(
         raise ShapeError(complaint(_CALL, "out", f"be C-contiguous float32 of shape {(P, N)}", got))
     if w.bias is not None:
         checks.shape(_CALL, "w.bias", w.bias, (E, N))
-    rows, a_scale = _activations(a, w, a_key, a_scale)
-    blocked = a_key is not None and w.key is not None and w.row_scale is None and w.key.dtype in ("fp8", "int8")
-    blocked = blocked and a_scale is not None
-    group = w.block[1] if blocked else w.K
+    rows = _rows_of(a, w, a_key, a_scale)
     if P and N:
         if numba:
             from pymoe.ops.grouped_gemm import _numba
 
-            _numba.grouped_gemm(rows, w, offsets, gather, a_scale, group, out)
+            _numba.grouped_gemm(rows, w, offsets, gather, out)
         else:
-            _numpy.grouped_gemm(rows, w, offsets, gather, a_scale, group, out)
-        if w.bias is not None:
-            _add_bias(out, offsets, w.bias)
+            _numpy.grouped_gemm(rows, w, offsets, gather, out)
     return out
 
 
@@ -129,34 +125,27 @@ def _rows(expert_offsets: Any, E: int, gather: Any, a: Array) -> tuple[Array, Ar
     return offsets, gather
 
 
-def _activations(a: Array, w: WeightOperand, key: QuantKey | None, scale: Any) -> tuple[Array, Array | None]:
-    """Return float32 rows (rows, K) and the scales that are still to be applied to sums."""
+def _rows_of(a: Array, w: WeightOperand, key: QuantKey | None, scale: Any) -> Rows:
+    """Return the left operand, checked, with float32 factors."""
     packed = 2 if key is not None and key.is_packed else 1
     checks.shape(_CALL, "a", a, (None, w.K // packed))
     if key is None:
         if a.dtype not in HIDDEN_DTYPES:
             raise DTypeError(complaint(_CALL, "a", "be float32, float16 or bfloat16 without a_key", a.dtype))
-        return as_float32(a), None
-    codes = a.view(np.uint8) if a.dtype.itemsize == 1 else a
-    if codes.dtype != np.uint8:
+        return Rows(a)
+    if a.dtype.itemsize != 1:
         raise DTypeError(complaint(_CALL, "a", f"hold one-byte codes of {key.name}", a.dtype))
-    values = code_table(key.dtype)[unpack_nibbles(codes) if key.is_packed else codes]
     if scale is None:
         raise ArgumentError(complaint(_CALL, "a_scale", f"be given for {key.name}", None))
     scale = as_numpy(_CALL, "a_scale", scale)
     if key.scale.group_shape.col <= 1:
         if scale.size not in (1, a.shape[0]):
             raise ShapeError(complaint(_CALL, "a_scale", f"hold 1 or {a.shape[0]} scales", scale.shape))
-        return values, scale.reshape(-1).astype(np.float32)
+        return Rows(a, key, scale.reshape(-1).astype(np.float32))
     extent = key.scale.group_shape.col
     checks.shape(_CALL, "a_scale", scale, (a.shape[0], -(-w.K // extent)))
-    factors = _float_scale(scale, key)
-    if w.key is not None and w.key.dtype in ("fp8", "int8") and extent == w.block[1] and w.block[0] > 1:
-        return values, factors
-    with np.errstate(all="ignore"):
-        for g in range(factors.shape[1]):
-            values[:, g * extent : (g + 1) * extent] *= factors[:, g : g + 1]
-    return values, None
+    in_blocks = w.key is not None and w.key.dtype in ("fp8", "int8") and extent == w.block[1] and w.block[0] > 1
+    return Rows(a, key, _float_scale(scale, key), by_value=not in_blocks)
 
 
 def _float_scale(scale: Array, key: QuantKey) -> Array:
@@ -164,9 +153,3 @@ def _float_scale(scale: Array, key: QuantKey) -> Array:
     if scale.dtype.itemsize > 1:
         return np.ascontiguousarray(scale, np.float32)
     return decode_e4m3(scale) if key.scale.dtype == "fp8" else decode_e8m0(scale)
-
-
-def _add_bias(out: Array, offsets: Array, bias: Array) -> None:
-    with np.errstate(all="ignore"):
-        for e in np.flatnonzero(np.diff(offsets)):
-            out[offsets[e] : offsets[e + 1]] += bias[e]

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pymoe.codec.weights import WeightOperand
+from pymoe.ops.grouped_gemm._operands import Array, Rows, group_of
 
-Array = Any
 
-
-def grouped_gemm(
-    a: Array, w: WeightOperand, expert_offsets: Array, gather: Array, a_scale: Array | None, group: int, out: Array
-) -> None:
-    """Write ``out[r] = sum_k a[gather[r], k] * w[e, :, k]`` with all scales, for every row r of expert e.
-
-    `group` is the extent along k whose partial sum is scaled at once, K where scales leave the whole sum.
-    """
+def grouped_gemm(rows: Rows, w: WeightOperand, expert_offsets: Array, gather: Array, out: Array) -> None:
+    """Write ``out[r] = sum_k a[gather[r], k] * w[e, :, k]`` with all scales and the bias, for each row of expert e."""
+    a, a_scale, group = rows.as_float32(), rows.sum_factors, group_of(rows, w)
     with np.errstate(all="ignore"):
         for e in np.flatnonzero(np.diff(expert_offsets)).tolist():
-            rows = slice(int(expert_offsets[e]), int(expert_offsets[e + 1]))
+            mine = slice(int(expert_offsets[e]), int(expert_offsets[e + 1]))
             if group < w.K:
-                _expert_in_groups(a, w, e, gather[rows], a_scale, group, out[rows])
+                _expert_in_groups(a, w, e, gather[mine], a_scale, group, out[mine])
             else:
-                _expert(a, w, e, gather[rows], a_scale, out[rows])
+                _expert(a, w, e, gather[mine], a_scale, out[mine])
+            if w.bias is not None:
+                out[mine] += w.bias[e]
 
 
 def _expert(a: Array, w: WeightOperand, e: int, sources: Array, a_scale: Array | None, out: Array) -> None:
