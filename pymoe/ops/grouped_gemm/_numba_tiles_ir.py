@@ -67,7 +67,7 @@ def tile_products(typingctx: Any, kind: Any, w: Any, x: Any, steps: Any, ahead: 
     step is 64 bytes of k.  `ahead` is the address of weights to fetch into the cache meanwhile, as many as are
     multiplied, or 0.
     """
-    pair = types.UniTuple(types.int64, 2)
+    pair = types.UniTuple(types.int64, 2)  # type: ignore[attr-defined]
     signature = types.void(kind, pair, pair, types.int64, types.int64, types.boolean, types.int64)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
