@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
 
@@ -234,17 +235,21 @@ class ActivationConfig:
 
     def resolved(self) -> dict[str, float | None]:
         """Return the five parameters with the activation's fixed and default values filled in."""
+        return dict(self._resolved)
+
+    @cached_property
+    def _resolved(self) -> dict[str, float | None]:
         known: dict[str, float] = {}
         if isinstance(self.activation, MoEActivation):
             known = _DEFAULTS.get(self.activation, {}) | _FIXED.get(self.activation, {})
         return {name: known.get(name) if value is None else float(value) for name, value in self.parameters().items()}
 
-    @property
+    @cached_property
     def is_gated(self) -> bool:
         """Whether the activation halves the width of GEMM1's output."""
         return find_activation("ActivationConfig", self.activation).is_gated
 
-    @property
+    @cached_property
     def is_interleaved(self) -> bool:
         """Whether gate and up alternate along GEMM1's output."""
         return find_activation("ActivationConfig", self.activation).is_interleaved

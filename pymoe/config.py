@@ -325,6 +325,9 @@ def resolve_activation(
         Gated RELU2.
     """
     given = activation if isinstance(activation, ActivationConfig) else None
+    names = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+    if given is not None and all(getattr(quant_config, name) is None for name in names):
+        return given
     chosen = find_activation(call, activation if given is None else given.activation)
     parameters = given.parameters() if given is not None else {}
     for name, label in (("alpha", "gemm1_alpha"), ("beta", "gemm1_beta"), ("clamp_limit", "gemm1_clamp_limit")):

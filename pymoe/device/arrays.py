@@ -198,5 +198,7 @@ def is_integer(dtype: np.dtype) -> bool:
 
 def as_float32(x: np.ndarray) -> np.ndarray:
     """Return `x` as contiguous float32; a view where it already is."""
+    if x.dtype == np.float32 and x.flags.c_contiguous:
+        return x
     with np.errstate(all="ignore"):
         return np.ascontiguousarray(x, dtype=np.float32)

@@ -46,8 +46,11 @@ def run_blocks(kernel: Callable[..., Any], count: int, *args: Any, grain: int = 
     """
     if count <= 0:
         return
-    threads = environment.num_threads()
     units = -(-count // grain)
+    if units == 1:
+        kernel(0, count, *args)
+        return
+    threads = environment.num_threads()
     blocks = min(units, threads * _BLOCKS_PER_THREAD)
     if threads == 1 or blocks == 1 or getattr(_inside, "a_block", False):
         kernel(0, count, *args)
