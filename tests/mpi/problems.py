@@ -112,6 +112,8 @@ def tokens_a_rank(pattern, ranks, rng):
     """Return how many tokens each rank has."""
     if pattern == "uneven":
         return [[7, 0, 1, 19, 4][rank % 5] for rank in range(ranks)]
+    if pattern == "many":
+        return [2304] * ranks
     if pattern == "none":
         return [0] * ranks
     if pattern == "first":
@@ -172,6 +174,10 @@ def ids_of(routing, m, topk, E, owned, rng):
     if routing == "one rank":
         busiest = max(owned, key=len)
         return rng.choice(busiest, (m, topk)).astype(np.int32)
+    if routing == "skewed":
+        ids = rng.integers(0, E, (m, topk)).astype(np.int32)
+        ids[rng.random((m, topk)) < 0.95] = E - 1
+        return ids
     if routing == "duplicate":
         return np.repeat(rng.integers(0, E, (m, 1)), topk, axis=1).astype(np.int32)
     ids = np.argsort(rng.random((m, max(E, topk))), axis=1)[:, :topk].astype(np.int64) % max(E, 1)

@@ -29,13 +29,13 @@ def test_there_is_a_launcher():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 5])
-def test_one_rank_and_more(ranks):
+def test_one_rank_and_more_A4_A7_A8_I12(ranks):
     check(run(ranks, "correctness", "auto", "layer", limit=240), 22)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_schemes_and_formats(transport):
-    check(run(4, "correctness", transport, "layer", "schemes", "formats", limit=240, **NODES.get(transport, {})), 92)
+def test_schemes_and_formats_I11(transport):
+    check(run(4, "correctness", transport, "layer", "schemes", "formats", limit=240, **NODES.get(transport, {})), 93)
 
 
 @pytest.mark.parametrize("ranks, size", [(5, 2), (5, 3), (3, 1), (4, 4)])
@@ -44,5 +44,5 @@ def test_nodes_of_different_sizes(ranks, size):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_thousand_rounds_with_jitter(transport):
+def test_a_thousand_rounds_with_jitter_A5_A6_G16_I13(transport):
     check(run(4, "correctness", transport, "rounds", limit=240, **NODES.get(transport, {})), 1)

@@ -72,7 +72,7 @@ def raised(ended):
 
 @pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("stage", STAGES[:3])
-def test_every_rank_raises_the_same_error_and_a_new_layer_works(stage, victim):
+def test_every_rank_raises_the_same_error_and_a_new_layer_works_I1(stage, victim):
     ended = job("raise", stage, victim)
     assert ended.status == 0, ended
     errors = raised(ended)
@@ -102,8 +102,9 @@ def test_a_stalled_rank_is_named_by_every_survivor(stage, victim):
     ended = job("stop", stage, victim)
     assert ended.status not in (0, None), ended
     errors = raised(ended)
-    # The first survivor that ends takes the job with it; those that raised before that named the victim.
-    assert errors and victim not in errors, ended
+    # The first survivor that ends takes the job with it; those that raised before that named the victim.  A launcher
+    # may wake the victim to end it: it then reads that it was given up, and names itself.
+    assert errors.keys() - {victim}, ended
     assert {blamed for blamed, _ in errors.values()} == {str(victim)}, ended
     assert all(f"rank {victim} must answer within 2 s" in text for _, text in errors.values()), ended
     assert left_behind(before) == set()

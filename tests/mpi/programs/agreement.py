@@ -51,6 +51,15 @@ def other_order(layer):
         second.close()
 
 
+def too_many(layer):
+    """Bring more tokens than one rank allows."""
+    limited = build(max_num_tokens=1)
+    try:
+        call(limited)
+    finally:
+        limited.close()
+
+
 def closes_early(layer):
     """Close on one rank while the others call."""
     third = build()
@@ -71,6 +80,7 @@ IN_CALLS = {
     "ids": (lambda layer: call(layer, topk_ids=ids.astype(float)), None, "topk_ids must have an integer dtype"),
     "nothing": (lambda layer: call(layer, topk_ids=None, topk_weights=None), None, "router_logits must be given"),
     "out": (lambda layer: call(layer, out=np.zeros((1, 1), np.float32)), None, "out must have shape"),
+    "limit": (too_many, None, "a call must bring at most max_num_tokens = 1 tokens"),
     "order": (other_order, "layer", "layer must be the same on all ranks"),
 }
 AT_BUILDING = {

@@ -42,6 +42,7 @@ def layer_cases():
 
 def scheme_cases():
     """Schemes whose activations travel as codes with scales, as codes without, and as they are."""
+    yield {"tokens": "many", "routing": "skewed"}
     for scheme in ("fp8_w8a8", "fp8_w8a8_block", "fp8_w8a8_block_ue8m0", "int8_w8a8", "mxfp8", "mxfp4", "nvfp4",
                    "fp8_w8a8_tensor", "fp8_static", "fp8_w8a16", "int4_w4a16"):  # fmt: skip
         yield {"scheme": scheme, "dtype": BF16 if scheme != "int8_w8a8" else np.dtype("float32")}
