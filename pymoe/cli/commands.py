@@ -177,8 +177,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _plot_path(call: str, path: str) -> Path:
     """Return where to draw, or refuse before any work."""
+    target = files.output_path(call, path, (".png", ".svg", ".pdf"))
     if not report.can_plot():
         rule = "have matplotlib to draw with"
         remedy = "Install the extra: pip install 'pymoe[plot]'"
         raise BackendUnavailableError(complaint(call, "--plot", rule, "no matplotlib", remedy))
-    return files.output_path(call, path, (".png", ".svg", ".pdf"))
+    return target

@@ -56,24 +56,28 @@ class Workplace:
 
     def run(self, data: bytes) -> str:
         """Read one input; return "read" or "refused".  Anything but an error of ours comes out as it is."""
-        kind, payload = (data[0] if data else 0) % (CONFIG + len(FORMS)), data[1:]
         try:
-            if kind == FILE:
-                self.file.write_bytes(payload)
-                read_all(SafetensorsFile(self.file))
-            elif kind == INDEX:
-                (self.shards / SafetensorsFolder.INDEX).write_bytes(payload)
-                read_all(SafetensorsFolder(self.shards))
-            else:
-                folder = self.checkpoints[kind - CONFIG]
-                (folder / "config.json").write_bytes(payload)
-                list_layers(folder)
-                MoELayer.from_checkpoint(folder, LAYER, experts=[1])
+            self.read(data)
         except PymoeError as error:
             text = str(error)
             assert text.isprintable() and len(text) < 2000, ascii(text)
             return "refused"
         return "read"
+
+    def read(self, data: bytes) -> None:
+        """Read one input, or raise what the library raises."""
+        kind, payload = (data[0] if data else 0) % (CONFIG + len(FORMS)), data[1:]
+        if kind == FILE:
+            self.file.write_bytes(payload)
+            read_all(SafetensorsFile(self.file))
+        elif kind == INDEX:
+            (self.shards / SafetensorsFolder.INDEX).write_bytes(payload)
+            read_all(SafetensorsFolder(self.shards))
+        else:
+            folder = self.checkpoints[kind - CONFIG]
+            (folder / "config.json").write_bytes(payload)
+            list_layers(folder)
+            MoELayer.from_checkpoint(folder, LAYER, experts=[1])
 
 
 def read_all(tensors: SafetensorsFile | SafetensorsFolder) -> None:

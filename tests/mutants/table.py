@@ -16,34 +16,36 @@ class Mutant(NamedTuple):
 
 
 GEMM = "pymoe/ops/grouped_gemm/_numba.py"
+DOTS = "pymoe/ops/grouped_gemm/_numba_dots.py"
+UNITS = "pymoe/ops/grouped_gemm/_numba_units.py"
 LANES = "pymoe/ops/grouped_gemm/_lanes.py"
 PERMUTE = "pymoe/ops/permute/_numba.py"
 UNPERMUTE = "pymoe/ops/unpermute/_numba.py"
 RULES = "pymoe/ops/quantize/_rules.py"
 WEIGHTS = "pymoe/codec/weights.py"
 MODULAR = "pymoe/kernel/modular.py"
-LAYER = "pymoe/layer/layer.py"
 CHECKS = "pymoe/checks.py"
 READER = "pymoe/checkpoint/safetensors.py"
 ROUTE = "pymoe/ops/route/_numba.py"
 TEST_GEMM = "tests/ops/test_grouped_gemm.py"
+TEST_LEVELS = "tests/ops/test_gemm_instructions.py"
 TEST_ROUTE = "tests/ops/test_route_backends.py"
 
 MUTANTS = [
     # GEMM: tails, tiles, offsets
-    Mutant("last tile of output features is skipped", GEMM, 'features = np.arange(0, N, N_TILE)', 'features = np.arange(0, N - N % N_TILE or N, N_TILE)', TEST_GEMM),
-    Mutant("last row of a tile is skipped", GEMM, 'count = min(len(rows), row1 - row)', 'count = min(len(rows) - 1, row1 - row)', TEST_GEMM),
-    Mutant("rows after the first 256 are skipped", GEMM, 'rows = expert_offsets[experts] + tile_of_expert * ROW_TILE', 'rows = expert_offsets[experts] + tile_of_expert * 0', TEST_GEMM),
-    Mutant("the tail of k is not multiplied", GEMM, 'padded = -(-group // LANES) * LANES', 'padded = max(group // LANES, 1) * LANES', TEST_GEMM),
-    Mutant("gather is ignored", GEMM, 'starts[i] = gather[row + min(i, count - 1)] * layout.stride', 'starts[i] = (row + min(i, count - 1)) * layout.stride', TEST_GEMM),
+    Mutant("last tile of output features is skipped", UNITS, 'features = np.arange(0, N, width)', 'features = np.arange(0, N - N % width or N, width)', TEST_GEMM),
+    Mutant("last row of a tile is skipped", DOTS, 'count = min(len(rows), row1 - row)', 'count = min(len(rows) - 1, row1 - row)', TEST_GEMM),
+    Mutant("rows after the first 256 are skipped", UNITS, 'rows = expert_offsets[experts] + tile_of_expert * ROWS', 'rows = expert_offsets[experts] + tile_of_expert * 0', TEST_GEMM),
+    Mutant("the tail of k is not multiplied", GEMM, 'padded = -(-group // step) * step', 'padded = max(group // step, 1) * step', TEST_GEMM),
+    Mutant("gather is ignored", DOTS, 'places[0, i] = gather[row + min(i, count - 1)] * layout.stride', 'places[0, i] = (row + min(i, count - 1)) * layout.stride', TEST_GEMM),
     Mutant("int8 sums pass 2^24 in float32", GEMM, "EXACT_GROUP = 1024", "EXACT_GROUP = 1 << 20", TEST_GEMM),
     Mutant("high and low nibble are swapped", LANES, 'builder.and_(packed, mask), builder.lshr(packed, shift)', 'builder.lshr(packed, shift), builder.and_(packed, mask)', TEST_GEMM),
-    Mutant("zero points of odd rows are those of even ones", GEMM, 'zero = np.float32((byte >> 4) if n & 1 else (byte & 15))', 'zero = np.float32(byte & 15)', TEST_GEMM),
-    Mutant("the row's scale is left out", GEMM, 'value *= row_factors[gather[row + i] if row_factors.shape[0] > 1 else 0, 0]', 'value *= np.float32(1)', TEST_GEMM),
-    Mutant("a block's scale is that of the block before", GEMM, '_scale_at(scaling.scale, scaling.table, e, (n + j) // scaling.bn, g)', '_scale_at(scaling.scale, scaling.table, e, (n + j) // scaling.bn, max(g - 1, 0))', TEST_GEMM),
+    Mutant("zero points of odd rows are those of even ones", UNITS, 'zero = np.float32((byte >> 4) if n & 1 else (byte & 15))', 'zero = np.float32(byte & 15)', TEST_GEMM),
+    Mutant("the row's scale is left out", DOTS, 'factor = rows[gather[r] if rows.shape[0] > 1 else 0, 0]', 'factor = np.float32(1)', TEST_LEVELS),
+    Mutant("a block's scale is that of the block before", DOTS, 'scale_at(scaling.scale, scaling.table, e, (n + j) // scaling.bn, g)', 'scale_at(scaling.scale, scaling.table, e, (n + j) // scaling.bn, max(g - 1, 0))', TEST_LEVELS),
     Mutant("lanes are added without the last two", LANES, 'upper = [lane + half for lane in lower]', 'upper = [lane + half - (half > 1) for lane in lower]', TEST_GEMM),
-    Mutant("interleaved tensor scales are taken as halves", WEIGHTS, "np.tile(scale, (1, N // 2)) if interleaved else", "np.repeat(scale, N // 2, axis=1) if interleaved else", TEST_GEMM),
-    Mutant("the bias is added once too often", "pymoe/ops/grouped_gemm/__init__.py", "out[offsets[e] : offsets[e + 1]] += bias[e]", "out[offsets[e] : offsets[e + 1]] += 2 * bias[e]", TEST_GEMM),
+    Mutant("interleaved tensor scales are taken as halves", WEIGHTS, "xp.tile(scale, (1, N // 2)) if interleaved else", "xp.repeat(scale, N // 2, axis=1) if interleaved else", TEST_GEMM),
+    Mutant("the bias is added once too often", DOTS, "value += bias[e, n]", "value += 2 * bias[e, n]", TEST_GEMM),
     # Permute, unpermute, reduce
     Mutant("ids are only checked from above", PERMUTE, "if ids[s] >= 0 and ids[s] < ids_end:", "if ids[s] < ids_end:", "tests/ops/test_permute.py"),
     Mutant("ids are only checked from below", PERMUTE, "if ids[s] >= 0 and ids[s] < ids_end:", "if ids[s] >= 0:", "tests/ops/test_permute.py"),
@@ -70,14 +72,14 @@ MUTANTS = [
     Mutant("finalize is skipped without rows", MODULAR, "            self.prepare_finalize.finalize(*arguments)\n", "            if len(fused_out):\n                self.prepare_finalize.finalize(*arguments)\n", "tests/kernel/test_modular.py"),
     Mutant("the receiver runs before the hook", MODULAR, "                if hook is not None:\n                    hook()\n                receiver()\n", "                receiver()\n                if hook is not None:\n                    hook()\n", "tests/kernel/test_modular.py"),
     Mutant("shared experts get the chunk's input too late", MODULAR, "shared_input = hidden_states if shared_experts_input is None else shared_experts_input", "shared_input = hidden_states", "tests/kernel/test_modular.py"),
-    Mutant("h is not rounded to the hidden dtype", "pymoe/experts/routed.py", "hidden = hidden.astype(self.hidden_dtype)", "pass", "tests/experts/test_pairs.py"),
+    Mutant("h is not rounded to the hidden dtype", "pymoe/experts/routed.py", "dtype = np.dtype(np.float32 if key is not None else self.hidden_dtype)", "dtype = np.dtype(np.float32)", "tests/experts/test_pairs.py"),
     Mutant("router weights apply twice on the input", "pymoe/experts/standard.py", "topk_weights=None if apply_router_weight_on_input else topk_weights", "topk_weights=topk_weights", "tests/test_layer.py"),
     Mutant("unused rows of a slab keep what memory held", "pymoe/experts/naive_batched.py", "        output[...] = 0\n", "", "tests/experts/test_slabs.py"),
     # Layer and checks
-    Mutant("shared and routed are rounded one by one", LAYER, "            routed += beside.astype(np.float32)\n            out[...] = routed.astype(x.dtype)\n", "            out[...] = routed.astype(x.dtype) + beside.astype(x.dtype)\n", "tests/test_layer.py"),
+    Mutant("shared and routed are rounded one by one", "pymoe/dense.py", "        routed += beside.astype(np.float32)\n        out[...] = routed.astype(dtype)\n", "        out[...] = routed.astype(dtype) + beside.astype(dtype)\n", "tests/test_layer.py"),
     Mutant("an output may overlap an input", CHECKS, 'raise ArgumentError(complaint(call, "out", f"not overlap {label}", "shared memory"))', "pass", "tests/test_layer.py"),
     Mutant("wide ids wrap into the range", CHECKS, "    legal = (topk_ids >= 0) & (topk_ids < global_num_experts)\n    if is_checked()", "    topk_ids = topk_ids.astype(np.int32)\n    legal = (topk_ids >= 0) & (topk_ids < global_num_experts)\n    if is_checked()", "tests/test_functional.py"),
-    Mutant("the load counts dead slots", LAYER, "ids[local >= 0]", "np.maximum(ids, 0)[ids < self.num_experts]", "tests/test_layer.py"),
+    Mutant("the load counts dead slots", "pymoe/layer/router.py", "ids[local >= 0]", "np.maximum(ids, 0)[ids < num_experts]", "tests/test_layer.py"),
     Mutant("threads miss the last block", "pymoe/device/threads.py", "bounds = [min(units * i // blocks * grain, count) for i in range(blocks + 1)]", "bounds = [min(units * i // blocks * grain, count - 1) for i in range(blocks + 1)]", "tests/device/test_threads.py"),
     # Checkpoints
     Mutant("offsets may leave holes", READER, "if entry.start != at:", "if entry.start < at:", "tests/checkpoint/test_safetensors.py"),
