@@ -43,6 +43,8 @@ class Workplace:
         for family, form in FORMS:
             made = make(family, form, size=SIZE, shared=32)
             self.checkpoints.append(made.write(folder / f"{family}-{form}".replace(" ", "-")))
+        # Executions write over them.
+        self.configs = [(written / "config.json").read_bytes() for written in self.checkpoints]
 
     def seeds(self) -> Iterator[bytes]:
         """Yield honest inputs of every kind."""
@@ -51,8 +53,8 @@ class Workplace:
         write(self.file, SMALL, {"__metadata__": {"format": "pt"}} | header_of(SMALL))
         yield bytes([FILE]) + self.file.read_bytes()
         yield bytes([INDEX]) + json.dumps({"weight_map": {name: "x.safetensors" for name in SMALL}}).encode()
-        for i, folder in enumerate(self.checkpoints):
-            yield bytes([CONFIG + i]) + (folder / "config.json").read_bytes()
+        for i, config in enumerate(self.configs):
+            yield bytes([CONFIG + i]) + config
 
     def run(self, data: bytes) -> str:
         """Read one input; return "read" or "refused".  Anything but an error of ours comes out as it is."""
