@@ -76,7 +76,7 @@ class ExpertPlan:
         held = given.astype(np.int32)
         counts = np.zeros((layers, L), np.int32)
         np.add.at(counts, (np.arange(layers)[:, None], held), 1)
-        if layers and counts.min() < 1:
+        if layers and np.min(counts) < 1:
             layer, expert = (int(i) for i in np.argwhere(counts < 1)[0])
             got = f"no slot of expert {expert} in layer {layer}"
             raise ArgumentError(complaint(call, "physical_to_logical", "hold every expert", got))

@@ -132,6 +132,6 @@ def _exchange(packs: Array, share: Array, total: Array, held: Array, heavy: int)
     legal[:, heavy] = False
     if not legal.any():
         return False
-    i, other, j = np.unravel_index(np.where(legal, worst, np.inf).argmin(), worst.shape)
+    i, other, j = np.unravel_index(np.argmin(np.where(legal, worst, np.inf)), worst.shape)
     packs[heavy, i], packs[other, j] = packs[other, j], packs[heavy, i]
     return True

@@ -95,7 +95,7 @@ def draw_routing(shape: ModelShape, M: int, popularity: Array | None = None, see
     chances = np.ones(shape.E) if popularity is None else as_numpy(call, "popularity", popularity).astype(np.float64)
     checks.shape(call, "popularity", chances, (shape.E,))
     if not (np.isfinite(chances) & (chances > 0)).all():
-        raise ArgumentError(complaint(call, "popularity", "be finite and above 0", chances.min()))
+        raise ArgumentError(complaint(call, "popularity", "be finite and above 0", np.min(chances)))
     rng = np.random.Generator(np.random.Philox(seed))
     keys = np.log(chances) + rng.gumbel(size=(M, shape.E))
     if shape.groups > 1:
@@ -153,7 +153,7 @@ def count_rows(ids: Sequence[Array], owner: Array, *, route: str = "rank", node_
             legs[0, source] = len(chosen)
         else:
             _count_source(legs, source, token, owner[expert], route, node_size)
-    rows = np.zeros((R, max(1, int(np.bincount(owner, minlength=R).max(initial=0)))), np.int64)
+    rows = np.zeros((R, max(1, int(np.max(np.bincount(owner, minlength=R), initial=0)))), np.int64)
     for rank in range(R):
         mine = computed[owner == rank]
         rows[rank, : len(mine)] = mine
