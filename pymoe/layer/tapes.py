@@ -51,6 +51,8 @@ class Tapes:
             and layer.shared_experts is None
             and not layer.routing.apply_router_weight_on_input
             and layer.routing.method not in (RoutingMethodType.Custom, RoutingMethodType.Simulated)
+            # A bias in host memory may be changed by its owner; the ordinary path looks at it in every call.
+            and (layer.routing.e_score_correction_bias is None or is_cuda(layer.routing.e_score_correction_bias))
         )
 
     def call(self, arrays: tuple[Array | None, ...], out: Array | None) -> Array | None:
