@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 
@@ -78,7 +79,9 @@ def make(family, form, *, fused=False, size=(E, K, I), shared=SHARED, scale_dtyp
     rng = np.random.default_rng(0)
     experts, k, width = size
     float_dtype = np.dtype(getattr(ml_dtypes, form, form)) if form in FLOATS else np.dtype(ml_dtypes.bfloat16)
-    described = {"model_type": family, "num_hidden_layers": LAYER + 1, "hidden_act": "silu"} | CONFIG[family]
+    described = {"model_type": family, "num_hidden_layers": LAYER + 1, "hidden_act": "silu"} | copy.deepcopy(
+        CONFIG[family]
+    )
     if form == FP8:
         described["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
     if form == "mxfp4":
