@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pymoe.device.stream import current_stream, is_capturing, one_device, using_device
+from pymoe import checks
+from pymoe.device.arrays import device_of
+from pymoe.device.stream import current_stream, is_capturing
 from pymoe.errors import ArgumentError
 
 
@@ -15,10 +17,11 @@ def on(device):
     return SimpleNamespace(device=SimpleNamespace(id=device))
 
 
-def test_arrays_on_two_devices_are_named():
-    assert one_device("moe", {"x": on(1), "w1": on(1)}) == 1
-    with pytest.raises(ArgumentError, match=r"moe: w2 must be on the device of x, 0; got device 3\. Copy"):
-        one_device("moe", {"x": on(0), "w1": on(0), "w2": on(3)})
+def test_arrays_on_two_devices_are_named(monkeypatch):
+    monkeypatch.setattr(checks, "is_cuda", lambda x: True)
+    checks.one_device("moe", x=on(1), w1=on(1), expert_map=None)
+    with pytest.raises(ArgumentError, match=r"moe: w2 must be on the device of x, CUDA device 0; got CUDA device 3"):
+        checks.one_device("moe", x=on(0), w1=on(0), w2=on(3))
 
 
 @pytest.mark.gpu
@@ -66,13 +69,15 @@ def test_G2_streams_are_told_apart(cuda):
 
 @pytest.mark.gpu
 def test_a_device_is_left(cuda):
-    with using_device(0):
+    with device_of(cuda.zeros(1)):
         assert cuda.cuda.runtime.getDevice() == 0
 
 
 @pytest.mark.gpu2
 def test_H5_another_device_is_left_also_after_an_error(cuda):
-    with pytest.raises(ZeroDivisionError), using_device(1):
+    with cuda.cuda.Device(1):
+        x = cuda.zeros(1)
+    with pytest.raises(ZeroDivisionError), device_of(x):
         assert cuda.cuda.runtime.getDevice() == 1
         raise ZeroDivisionError
     assert cuda.cuda.runtime.getDevice() == 0
