@@ -1,6 +1,7 @@
 """Expert parallelism on this machine: transports against MPI's own Alltoallv, and the whole layer against one process.
 
     python benchmarks/bench_ep.py --ranks 2 --output benchmarks/results/ep.json
+    python benchmarks/bench_ep.py --ranks 2 --device --output ep_device.json      (a GPU for each rank)
 
 Starts its own ranks with the launcher beside this Python.  Each time is that of the slowest rank, from a barrier until
 everything is there; the least of many is kept, since neighbours only ever add.  Bytes are physical: what a rank keeps
@@ -19,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import checkout  # noqa: F401  before pymoe
 import numpy as np
 
 from pymoe.comm.runner import launch
@@ -176,6 +176,20 @@ def rank_program(output):
         Path(output).write_text(json.dumps(result))
 
 
+def device_program(output):
+    """Measure arrays of GPUs on two ranks; rank 0 writes the result."""
+    import ep_device
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    name = ep_device.use_gpu(comm)
+    library = MPI.Get_library_version().splitlines()[0].strip(" \0,")
+    result = {"MPI": library, "GPU": name, "device": ep_device.transfers(comm, slowest)}
+    result["device_layer"] = {name: ep_device.layer_s(comm, slowest, name) for name in ("host", "shm")}
+    if comm.rank == 0:
+        Path(output).write_text(json.dumps(result))
+
+
 def one_process(threads):
     """Return seconds of the same layer in one process."""
     code = f"""
@@ -235,16 +249,34 @@ def report(result):
     print(f"aim: layer at most 1.1x one process: {best:.3f}x")
 
 
+def on_devices(options):
+    """Run the benchmark of GPUs, which has floors of its own."""
+    import ep_device
+
+    part = Path(options.output or "ep_device.json").with_suffix(".part")
+    status = launch(2, __file__, ["--device", "--as-rank", str(part)], options.mpiexec)
+    if status:
+        sys.exit(status)
+    result = json.loads(part.read_text()) | {"ranks": 2}
+    part.unlink()
+    ep_device.report(result)
+    if options.output:
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--mpiexec")
     parser.add_argument("--output", help="write the result here, as JSON")
+    parser.add_argument("--device", action="store_true", help="arrays of GPUs, two ranks")
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_rank:
-        return rank_program(options.as_rank)
+        return (device_program if options.device else rank_program)(options.as_rank)
+    if options.device:
+        return on_devices(options)
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // options.ranks)
     os.environ["PYMOE_NUM_THREADS"] = str(threads)

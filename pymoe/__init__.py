@@ -45,7 +45,6 @@ from pymoe.experts import (
     CudaGroupedExperts,
     CudaMonolithicExperts,
     NaiveBatchedExperts,
-    NumbaCudaExperts,
     NumpyReferenceExperts,
 )
 from pymoe.functional import dequantize, fused_experts, fused_moe, quantize, quantize_experts, select_experts
@@ -113,7 +112,6 @@ __all__ = [
     "MoEActivation",
     "MoELayer",
     "NaiveBatchedExperts",
-    "NumbaCudaExperts",
     "NumpyReferenceExperts",
     "Plan",
     "PrepareMonolithicResult",

@@ -17,7 +17,6 @@ from pymoe.experts import (
     CudaGroupedExperts,
     CudaMonolithicExperts,
     NaiveBatchedExperts,
-    NumbaCudaExperts,
     NumpyReferenceExperts,
 )
 from pymoe.prepare_finalize import (
@@ -36,7 +35,7 @@ __all__ = ["CANDIDATES", "Choice", "Refusal", "select"]
 
 CANDIDATES: dict[str, tuple[type[FusedMoEExperts], ...]] = {
     "cpu": (CpuExperts, NumpyReferenceExperts, NaiveBatchedExperts, CpuMonolithicExperts),
-    "cuda": (CudaGroupedExperts, CudaBatchedExperts, CudaMonolithicExperts, NumbaCudaExperts),
+    "cuda": (CudaGroupedExperts, CudaBatchedExperts, CudaMonolithicExperts),
 }
 """Experts by device, best first."""
 

@@ -22,7 +22,10 @@ from pymoe.comm.header import Code, Header, Kind
 from pymoe.comm.mpi import TransportError
 from pymoe.comm.plan import Counts, rank_offsets
 from pymoe.comm.transports.base import DISPATCH, FlatTransport, Payload, Transfer, Transport
+from pymoe.comm.transports.staging import StagedTransport
 from pymoe.comm.waiting import Wait
+from pymoe.device.arrays import is_cuda
+from pymoe.device.copies import Copies
 from pymoe.errors import CommError, complaint
 
 Array = Any
@@ -59,6 +62,7 @@ class Group:
         self.nodes: Any = None
         self.broken: CommError | None = None
         self.on_close: list[Callable[[bool], None]] = []
+        self._staged: dict[int, StagedTransport] = {}
         self._lock = threading.RLock()
         self._call = ""
         self._remaining = 0
@@ -99,6 +103,22 @@ class Group:
         self._call, self._remaining = call, exchanges
         self._own = self._agreed = None
         self._sending = "nothing"
+
+    def transport_for(self, rows: Array) -> Transport:
+        """Return the transport for `rows`: those of a device go by way of the host."""
+        if not is_cuda(rows):
+            return self.transport
+        device = int(rows.device.id)
+        if device not in self._staged:
+            copies = Copies()
+            inner = self.transport.for_device(copies)
+            self._staged[device] = StagedTransport(inner, copies, owned=inner is not self.transport)
+        return self._staged[device]
+
+    def ready(self) -> None:
+        """Wait, before a call begins, for what copies of an earlier one still do with shared memory."""
+        for staged in self._staged.values():
+            staged.ready()
 
     def post(self, header: Header, counts: Array | None = None) -> None:
         """Send the header of the next exchange, with (R, 2) rows to and back from each rank."""
@@ -183,6 +203,9 @@ class Group:
             broken = self.broken is not None
             self.broken = self.broken or CommError(complaint(call, "the group", "be open", "a closed one"))
             self.control.close(broken)
+            staged, self._staged = self._staged, {}
+            for each in staged.values():
+                each.close(call, self._seconds, broken)
             for transport in {id(t): t for t in (self.transport, self.host)}.values():
                 transport.close(call, self._seconds, broken)
             for action in self.on_close:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pymoe.device.arrays import namespace
 from pymoe.errors import CommError, complaint
 
 Array = Any
@@ -130,9 +131,16 @@ def rank_offsets(counts: Array) -> Array:
 
 
 def as_bytes(rows: Array) -> Array:
-    """Return `rows` (n, columns) as (n, bytes) uint8, without a copy where they are contiguous."""
-    rows = np.ascontiguousarray(rows)
-    return rows.view(np.uint8).reshape(len(rows), rows.shape[1] * rows.itemsize)
+    """Return `rows` (n, columns), NumPy or CuPy, as (n, bytes) uint8, without a copy where they are contiguous."""
+    rows = namespace(rows).ascontiguousarray(rows)
+    shape = len(rows), rows.shape[1] * rows.itemsize
+    return rows.view(np.uint8).reshape(shape) if rows.size else namespace(rows).empty(shape, np.uint8)
+
+
+def from_bytes(raw: Array, dtype: Any) -> Array:
+    """Return rows of bytes (n, bytes), NumPy or CuPy, as (n, columns) of `dtype`."""
+    shape = len(raw), raw.shape[1] // np.dtype(dtype).itemsize
+    return raw.view(dtype).reshape(shape) if raw.size else namespace(raw).empty(shape, dtype)
 
 
 def pack_meta(local: Array, topk_weights: Array | None, scale: Array | None) -> Array:

@@ -121,6 +121,16 @@ def answers_in_kind(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def to_host(x: Any) -> np.ndarray:
+    """Return `x`, NumPy or CuPy, in host memory; waits for the current stream and for nothing else."""
+    return x.get() if is_cuda(x) else x
+
+
+def beside(x: Any, host: np.ndarray) -> Any:
+    """Return an array of the host's memory where `x`, NumPy or CuPy, is."""
+    return namespace(x).asarray(host)
+
+
 def device_of(x: Any) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which the device of `x` is the current one; on the host it does nothing."""
     return x.device if is_cuda(x) else contextlib.nullcontext()

@@ -93,8 +93,10 @@ class CudaBatchedExperts(CudaAbilities, FusedMoEExpertsModular):
         if expert_tokens_meta is None:
             rule = "be given: it says which rows are valid"
             raise ArgumentError(complaint("CudaBatchedExperts.apply", "expert_tokens_meta", rule, None))
-        arena = self._arenas.of(workspace2)
         E_local, slab_rows = hidden_states.shape[:2]
+        if not E_local:
+            return
+        arena = self._arenas.of(workspace2)
         tiles = sort.work_list(expert_tokens_meta.expert_num_tokens, slab_rows, _TILE_ROWS, empty=arena.empty)
         if a1q_scale is not None and a1q_scale.ndim == 3:
             a1q_scale = a1q_scale.reshape(E_local * slab_rows, -1)

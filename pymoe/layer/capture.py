@@ -110,6 +110,9 @@ def captured_arrays(layer: Any, M: int, inputs: str) -> dict[str, tuple[tuple[in
         raise ArgumentError(complaint(call, "inputs", f"be one of {', '.join(INPUTS)}", repr(inputs)))
     if layer.device == "cpu":
         raise UnsupportedError(complaint(call, "the layer", "run on CUDA arrays to be captured", "NumPy weights"))
+    if layer._ranks is not None:
+        remedy = "Capture what comes before and after it"
+        raise UnsupportedError(complaint(call, "the layer", "be of one rank to be captured", layer._ranks.size, remedy))
     if inputs == "hidden" and layer.gate is None:
         rule = "be 'logits' or 'topk' for a layer without a gate"
         raise ArgumentError(complaint(call, "inputs", rule, repr(inputs)))

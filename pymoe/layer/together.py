@@ -13,7 +13,7 @@ from pymoe.comm.eplb import ExpertPlan
 from pymoe.comm.placement import experts_of as placed_experts
 from pymoe.config import FusedMoEParallelConfig
 from pymoe.device.arrays import is_cuda
-from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
+from pymoe.errors import ArgumentError, DTypeError, complaint
 from pymoe.layer.arguments import expert_map_of
 
 Array = Any
@@ -48,7 +48,7 @@ def built_together(init: Method) -> Method:
             key, routing = layer.quant_config.weight_key, layer.routing
             method = f"{routing.method.name} renormalize={routing.renormalize} {routing.scoring_func}"
             names = {
-                "w1": f"{'as given' if key is None else key.name} {layer._w1.dtype}",
+                "w1": f"{'as given' if key is None else key.name} {layer._w1.dtype}{' on CUDA' * is_cuda(layer._w1)}",
                 "activation": str(layer.activation.activation.value),
                 "routing": f"{method} {routing.num_expert_group} {routing.topk_group}",
             }
@@ -103,8 +103,6 @@ def experts_of(
     if group is None:
         E = E_local if E is None else E
         return None, E, expert_map_of(call, placement, E, E_local)
-    if is_cuda(w1):
-        raise UnsupportedError(complaint(call, "w1", "be a NumPy array where comm has several ranks", "a CuPy array"))
     ranks = place(call, group, placement, E, E_local)
     return ranks, ranks.num_experts, ranks.expert_map
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.comm import Ranks
-from pymoe.comm.plan import DispatchPlan, rows_of_slots
+from pymoe.comm.plan import DispatchPlan, from_bytes, rows_of_slots
 from pymoe.contracts import ExpertTokensMetadata, FusedMoEActivationFormat, PrepareResult, TopKWeightAndReduce
+from pymoe.device.arrays import beside, is_cuda, namespace
 from pymoe.errors import ArgumentError, complaint
 from pymoe.prepare_finalize.ep import EpPrepareAndFinalize, Received, sum_rows
 from pymoe.weight_and_reduce import TopKWeightAndReduceDelegate
@@ -69,14 +70,14 @@ class BatchedEpPrepareAndFinalize(EpPrepareAndFinalize):
         place: Array = expert * capacity + np.arange(len(keys)) - np.searchsorted(expert, expert)
         self._slab_of_slot = place[place_of_slot]
 
-        def slabs(values: Array) -> Array:
-            laid = np.zeros((E_local * capacity, values.shape[1]), values.dtype)
-            laid[place] = values[keys % M]
-            return laid.reshape(E_local, capacity, values.shape[1])
-
+        slots = np.full(ids.shape, -1, np.int32)
+        slots[row, slot] = self._slab_of_slot
         by_row = scale is not None and scale.ndim == 2 and len(scale) == len(rows)
-        meta = ExpertTokensMetadata.make_from_list(np.bincount(expert, minlength=E_local).tolist())
-        return PrepareResult(slabs(rows), slabs(scale) if by_row else scale, meta, None, None)
+        counts = np.bincount(expert, minlength=E_local).astype(np.int32)
+        meta = ExpertTokensMetadata(beside(rows, counts), counts)
+        shape = E_local, capacity
+        scales = _slabs(scale, slots, shape) if by_row else scale
+        return PrepareResult(_slabs(rows, slots, shape), scales, meta, None, None)
 
     def finalize_async(
         self,
@@ -93,12 +94,31 @@ class BatchedEpPrepareAndFinalize(EpPrepareAndFinalize):
             got = repr(weight_and_reduce_impl)
             raise ArgumentError(complaint(f"{type(self).__name__}.finalize", "weight_and_reduce_impl", rule, got))
         K = fused_expert_output.shape[-1]
-        rows = fused_expert_output.reshape(int(np.prod(fused_expert_output.shape[:-1])), K)[self._slab_of_slot]
+        slabs = fused_expert_output.reshape(int(np.prod(fused_expert_output.shape[:-1])), K)
+        rows = slabs[beside(slabs, self._slab_of_slot)]
         exchange.give_back(rows.astype(np.float32, copy=False))
         places, weights = self._slots
 
         def receive() -> None:
-            back = exchange.collect().view(np.float32)
+            back = from_bytes(exchange.collect(), np.float32)
             sum_rows(back, places, output, None if apply_router_weight_on_input else weights)
 
         return receive
+
+
+def _slabs(rows: Array, slots: Array, shape: tuple[int, int]) -> Array:
+    """Return slabs (E_local, capacity, columns) with row i at each place in ``slots[i]`` (topk,); -1 is no place.
+
+    On the host the rest is zero; on a device it is whatever the memory held, since the experts do not read it.
+    """
+    n = shape[0] * shape[1]
+    if is_cuda(rows):
+        from pymoe.ops.permute import _cuda
+
+        laid = namespace(rows).empty((n, rows.shape[1]), rows.dtype)
+        _cuda.scatter_rows(namespace(rows).ascontiguousarray(rows), beside(rows, slots), laid)
+    else:
+        laid = np.zeros((n, rows.shape[1]), rows.dtype)
+        row, slot = np.nonzero(slots >= 0)
+        laid[slots[row, slot]] = rows[row]
+    return laid.reshape(*shape, rows.shape[1])

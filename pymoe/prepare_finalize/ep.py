@@ -1,4 +1,8 @@
-"""What all pairs over several ranks share: rows leave quantized or as they are, and come back in float32."""
+"""What all pairs over several ranks share: rows leave quantized or as they are, and come back in float32.
+
+Who gets what is planned on the host, also for arrays of a device: ids, router weights and scales are fetched there, a
+few bytes for each row, while the rows stay; what comes back to the host goes to the device beside the rows.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.comm import Ranks
-from pymoe.comm.plan import DispatchPlan, as_bytes, pack_meta, plan_dispatch, unpack_meta
+from pymoe.comm.plan import DispatchPlan, as_bytes, from_bytes, pack_meta, plan_dispatch, unpack_meta
 from pymoe.comm.transports.base import Payload
 from pymoe.contracts import FusedMoEExperts, FusedMoEPrepareAndFinalizeModular, PrepareResult, RowMap
+from pymoe.device.arrays import beside, is_cuda, to_host
 from pymoe.errors import ArgumentError, complaint
 from pymoe.ops.permute.live import live_tokens
 from pymoe.ops.quantize import quantize_activations
@@ -32,10 +37,10 @@ class Received(NamedTuple):
     rows : (M, K)
         Hidden dtype, or codes.
     scale : ndarray, optional
-        One a row, or one for all.
-    topk_ids : (M, topk) int32
+        One a row, or one for all; beside the rows.
+    topk_ids : (M, topk) int32, on the host
         Numbers of experts here, -1 elsewhere.
-    topk_weights : (M, topk) float32, optional
+    topk_weights : (M, topk) float32, on the host, optional
     """
 
     rows: Array
@@ -123,16 +128,16 @@ class EpPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
         call = f"{type(self).__name__}.prepare"
         self._check_tokens(call, len(a1))
         a1 = weigh_input(call, a1, topk_weights, apply_router_weight_on_input)
-        owner, local = self.ranks.placement.find(topk_ids)
-        plan = self._plan(owner)
         sent = quantize_to_send(a1, quant_config, defer_input_quant)
+        owner, local = self.ranks.placement.find(to_host(topk_ids))
+        plan = self._plan(owner)
         weighted = self._sends_weights and not apply_router_weight_on_input
         # Ids of other ranks' experts are nobody's there.
         ids = np.where(owner[plan.token] == plan.destination()[:, None], local[plan.token], -1).astype(np.int32)
         meta = pack_meta(
             ids,
-            topk_weights[plan.token].astype(np.float32, copy=False) if weighted else None,
-            None if sent.row_scale is None else sent.row_scale[plan.token],
+            to_host(topk_weights)[plan.token].astype(np.float32, copy=False) if weighted else None,
+            None if sent.row_scale is None else to_host(sent.row_scale)[plan.token],
         )
         topk, K = topk_ids.shape[1], a1.shape[1]
         back = self._rows_back(plan, owner)
@@ -145,14 +150,16 @@ class EpPrepareAndFinalize(FusedMoEPrepareAndFinalizeModular):
 
         def receive() -> PrepareResult:
             raw, meta = exchange.receive()
-            rows, scale = raw.view(sent.rows.dtype), sent.shared_scale
+            rows, scale = from_bytes(raw, sent.rows.dtype), sent.shared_scale
             scale_dtype = None if sent.row_scale is None else sent.row_scale.dtype
             ids, weights, row_scale = unpack_meta(meta, topk, weighted, scale_dtype)
             if sent.late:
-                live = live_tokens(ids, len(self.ranks.experts), None)
+                live = live_tokens(beside(rows, ids), len(self.ranks.experts), None)
                 rows, scale = quantize_activations(rows, quant_config, "a1", live=live)
+            elif row_scale is not None:
+                scale = beside(rows, row_scale)
             self.ranks.expert_num_tokens = np.bincount(ids[ids >= 0], minlength=len(self.ranks.experts))
-            return self._arrange(Received(rows, scale if row_scale is None else row_scale, ids, weights))
+            return self._arrange(Received(rows, scale, ids, weights))
 
         return exchange.send, receive
 
@@ -208,8 +215,13 @@ def quantize_to_send(a1: Array, quant_config: FusedMoEQuantConfig, defer_input_q
 def sum_rows(rows: Array, places: Array, output: Array, topk_weights: Array | None = None) -> None:
     """Write each token's float32 sum of the rows at `places` (M, w), in that order, rounded once to `output`.
 
-    `topk_weights` (M, w) weigh the rows; -1 in `places` is no row.
+    `topk_weights` (M, w) weigh the rows; -1 in `places`, which are on the host, is no row.
     """
     checks.shape("finalize", "output", output, (len(places), rows.shape[1]))
+    if is_cuda(rows):
+        from pymoe.ops.unpermute import _cuda
+
+        _cuda.unpermute_any(rows, beside(rows, np.ascontiguousarray(places, np.int32)), topk_weights, output)
+        return
     row_map = RowMap(np.array([0, len(rows)]), np.zeros(0, np.int64), places)
     unpermute(rows, row_map, topk_weights=topk_weights, out=output)

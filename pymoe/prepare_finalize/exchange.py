@@ -16,8 +16,9 @@ import numpy as np
 
 from pymoe.comm import Ranks
 from pymoe.comm.header import TOKENS, Header, Kind
-from pymoe.comm.plan import Counts, DispatchPlan, check_counts
+from pymoe.comm.plan import Counts, DispatchPlan, as_bytes, check_counts
 from pymoe.comm.transports.base import Payload, Transfer
+from pymoe.device.arrays import is_cuda
 
 Array = Any
 
@@ -32,7 +33,7 @@ class Exchange:
     back : ndarray, (R,)
         Rows that each rank returns to this one.
     payloads : sequence of Payload
-        What travels for each row of the plan.
+        What travels for each row of the plan.  Rows of a device come first, and alone; what comes back is there too.
     width : int
         Bytes of a row that comes back.
     reducible : bool
@@ -51,14 +52,18 @@ class Exchange:
         self.ranks, self.plan, self.payloads, self.width = ranks, plan, payloads, width
         self._reducible = reducible
         self.back = back
+        self._on_device = is_cuda(payloads[0].rows)
+        self._transport = ranks.group.transport_for(payloads[0].rows)
         self._dispatch: Transfer | None = None
         self._combine: Transfer | None = None
 
     def announce(self, call: str, tokens: int, values: dict[str, int], names: dict[str, str]) -> None:
         """Send headers: what all ranks must agree on, and how many rows go where."""
         self._call = call
+        self.ranks.group.ready()
         # What follows from the others comes last, so that the cause is named.
-        names = names | {"row bytes": str(sum(payload.rows.shape[1] for payload in self.payloads))}
+        row_bytes = str(sum(payload.rows.shape[1] for payload in self.payloads))
+        names = names | {"device": "CUDA" if self._on_device else "the host", "row bytes": row_bytes}
         header = Header(Kind.CALL, tokens=tokens, values={"layer": self.ranks.number} | values, names=names)
         self.ranks.group.post(header, np.stack([self.plan.counts, self.back], axis=1))
 
@@ -71,8 +76,8 @@ class Exchange:
         self._combine_counts = back
         # Both ways are opened before anything is sent: opening may be collective, and sending may fail.
         widths = [payload.rows.shape[1] for payload in self.payloads]
-        self._dispatch = group.track(group.transport.open_dispatch(self.plan, there, widths))
-        self._combine = group.track(group.transport.open_combine(self.plan, back, self.width, self._reducible))
+        self._dispatch = group.track(self._transport.open_dispatch(self.plan, there, widths))
+        self._combine = group.track(self._transport.open_combine(self.plan, back, self.width, self._reducible))
         group.send(self._dispatch, self.payloads)
 
     def receive(self) -> list[Array]:
@@ -87,8 +92,7 @@ class Exchange:
     def give_back(self, rows: Array) -> None:
         """Send the experts' rows, in the order of the ranks that they are for, and say that all went well here."""
         assert self._combine is not None
-        raw = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), self.width)
-        self.ranks.group.send(self._combine, [Payload(raw)])
+        self.ranks.group.send(self._combine, [Payload(as_bytes(rows))])
         self.ranks.group.post(Header(Kind.COMBINE, tokens=1))
 
     def collect(self) -> Array:

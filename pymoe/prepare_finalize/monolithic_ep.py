@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.comm import Ranks
-from pymoe.comm.plan import as_bytes, plan_all
+from pymoe.comm.plan import as_bytes, from_bytes, plan_all
 from pymoe.comm.transports.base import Payload
 from pymoe.contracts import (
     FusedMoEActivationFormat,
@@ -16,6 +16,7 @@ from pymoe.contracts import (
     FusedMoEPrepareAndFinalizeMonolithic,
     PrepareMonolithicResult,
 )
+from pymoe.device.arrays import beside, namespace, to_host
 from pymoe.ops.quantize import quantize_activations
 from pymoe.prepare_finalize.ep import check_placement, quantize_to_send, sum_rows
 from pymoe.prepare_finalize.exchange import Exchange
@@ -72,7 +73,7 @@ class AllGatherMonolithicPrepareAndFinalize(FusedMoEPrepareAndFinalizeMonolithic
         call = f"{type(self).__name__}.prepare"
         plan = plan_all(len(a1), self.ranks.size)
         sent = quantize_to_send(a1, quant_config, defer_input_quant)
-        parts = [sent.rows, router_logits] + ([] if sent.row_scale is None else [sent.row_scale])
+        parts = [sent.rows, to_host(router_logits)] + ([] if sent.row_scale is None else [to_host(sent.row_scale)])
         payloads = [Payload(as_bytes(part), plan.token) for part in parts]
         exchange = Exchange(self.ranks, plan, plan.counts, payloads, 4 * a1.shape[1])
         values = {"num_experts": router_logits.shape[1], "K": a1.shape[1], "scales": len(parts)}
@@ -81,7 +82,8 @@ class AllGatherMonolithicPrepareAndFinalize(FusedMoEPrepareAndFinalizeMonolithic
         self._exchange = exchange
         exchange.send()
         raw = exchange.receive()
-        rows, logits, *scales = (received.view(part.dtype) for received, part in zip(raw, parts, strict=True))
+        rows, *others = (from_bytes(received, part.dtype) for received, part in zip(raw, parts, strict=True))
+        logits, *scales = (beside(rows, part) for part in others)
         scale = scales[0] if scales else sent.shared_scale
         if sent.late:
             rows, scale = quantize_activations(rows, quant_config, "a1")
@@ -91,8 +93,8 @@ class AllGatherMonolithicPrepareAndFinalize(FusedMoEPrepareAndFinalizeMonolithic
         exchange, self._exchange = self._exchange, None
         assert exchange is not None
         exchange.give_back(fused_expert_output.astype(np.float32))
-        rows = exchange.collect().view(np.float32)
+        rows = from_bytes(exchange.collect(), np.float32)
         places = exchange.row_of_token
-        output = np.empty((len(places), fused_expert_output.shape[1]), fused_expert_output.dtype)
+        output = namespace(rows).empty((len(places), fused_expert_output.shape[1]), fused_expert_output.dtype)
         sum_rows(rows, places, output)
         return output

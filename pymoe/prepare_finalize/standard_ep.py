@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pymoe.comm.plan import DispatchPlan, plan_all
+from pymoe.comm.plan import DispatchPlan, from_bytes, plan_all
 from pymoe.contracts import ExpertTokensMetadata, FusedMoEActivationFormat, PrepareResult, TopKWeightAndReduce
+from pymoe.device.arrays import beside, is_cuda
 from pymoe.prepare_finalize.ep import EpPrepareAndFinalize, Received, sum_rows
 from pymoe.weight_and_reduce import TopKWeightAndReduceContiguous, TopKWeightAndReduceDelegate
 
@@ -33,8 +34,10 @@ class StandardEpPrepareAndFinalize(EpPrepareAndFinalize):
         rows, scale, ids, weights = received
         if weights is None:
             weights = np.ones(ids.shape, np.float32)
-        meta = ExpertTokensMetadata.make_from_list(self.ranks.expert_num_tokens.tolist())
-        return PrepareResult(rows, scale, meta, ids, weights)
+        meta = None  # on a device the experts count for themselves
+        if not is_cuda(rows):
+            meta = ExpertTokensMetadata.make_from_list(self.ranks.expert_num_tokens.tolist())
+        return PrepareResult(rows, scale, meta, beside(rows, ids), beside(rows, weights))
 
     def finalize_async(
         self,
@@ -57,7 +60,7 @@ class StandardEpPrepareAndFinalize(EpPrepareAndFinalize):
         exchange.give_back(partial.astype(np.float32, copy=False))
 
         def receive() -> None:
-            rows = exchange.collect().view(np.float32)
+            rows = from_bytes(exchange.collect(), np.float32)
             sum_rows(rows, exchange.row_of_token, output)
 
         return receive

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymoe.comm.plan import Counts, DispatchPlan, rank_offsets
+from pymoe.device.copies import Copies, Mark
 
 Array = Any
 DISPATCH, COMBINE = 0, 1
@@ -50,6 +51,24 @@ class Payload(NamedTuple):
     rows: Array
     order: Array | None = None
 
+    @property
+    def ready(self) -> Array | None:
+        """Rows in the order of the plan that can be sent from where they are, or None."""
+        return self.rows if self.order is None and self.rows.flags.c_contiguous else None
+
+    def write(self, start: int, stop: int, out: Array) -> Mark | None:
+        """Write rows ``start:stop`` of the plan to `out`; return what says when they are there, None if they are."""
+        if self.order is None:
+            np.copyto(out, self.rows[start:stop])
+        else:
+            # Without "clip" NumPy goes through a buffer of its own; plans hold legal indices only.
+            np.take(self.rows, self.order[start:stop], axis=0, out=out, mode="clip")
+        return None
+
+    def keep(self, start: int, stop: int, inbox: Array, place: int) -> None:
+        """Write rows ``start:stop``, which stay on this rank, to the `inbox` from row `place` on."""
+        self.write(start, stop, inbox[place : place + stop - start])
+
 
 class Transfer(abc.ABC):
     """Rows under way between all ranks in one direction.
@@ -63,6 +82,7 @@ class Transfer(abc.ABC):
     inbox: list[Array]
     row_of_token: Array | None = None
     """Where a combine put the rows of each token, (M, w); None: where the plan says."""
+    _told = False
 
     @abc.abstractmethod
     def send(self, payloads: Sequence[Payload]) -> None:
@@ -75,6 +95,13 @@ class Transfer(abc.ABC):
     @abc.abstractmethod
     def missing(self) -> list[int]:
         """Make progress; return the ranks whose rows have not all arrived."""
+
+    def arrived(self) -> list[tuple[int, int]]:
+        """Return the rows (start, stop) of the first inbox that have come from elsewhere since the last question."""
+        if self._told or self.missing():
+            return []
+        self._told = True
+        return [(0, len(self.inbox[0]))]
 
     @abc.abstractmethod
     def unsettled(self) -> list[int]:
@@ -92,6 +119,12 @@ class Transport(abc.ABC):
     capabilities: Capabilities
     recoverable: bool = True
     """Whether calls can go on after an error in the middle of one."""
+    takes_marks: bool = False
+    """Whether it sends what `Payload.write` has not finished yet, once that is done; else rows must be there."""
+
+    def for_device(self, copies: Copies) -> Transport:
+        """Return the transport for rows that come from a device's memory and go there, by `copies`."""
+        return self
 
     @abc.abstractmethod
     def open_dispatch(self, plan: DispatchPlan, counts: Counts, widths: Sequence[int]) -> Transfer:
@@ -128,15 +161,6 @@ def ring(rank: int, size: int) -> list[int]:
     return [(rank + step) % size for step in range(size)]
 
 
-def gather(rows: Array, index: Array | None, start: int, stop: int, out: Array) -> None:
-    """Write rows ``start:stop`` of a payload into `out`."""
-    if index is None:
-        np.copyto(out, rows[start:stop])
-    else:
-        # Without "clip" NumPy goes through a buffer of its own; plans hold legal indices only.
-        np.take(rows, index[start:stop], axis=0, out=out, mode="clip")
-
-
 class Arena:
     """Memory that grows by doubling and is used again: fresh pages cost more than the copy into them."""
 
@@ -163,7 +187,6 @@ __all__ = [
     "Payload",
     "Transfer",
     "Transport",
-    "gather",
     "rank_offsets",
     "ring",
 ]

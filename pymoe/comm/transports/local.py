@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pymoe.comm.plan import Counts
-from pymoe.comm.transports.base import Arena, Capabilities, FlatTransport, Payload, Transfer, gather
+from pymoe.comm.transports.base import Arena, Capabilities, FlatTransport, Payload, Transfer
 
 Array = Any
 
@@ -16,6 +16,7 @@ class LocalTransport(FlatTransport):
 
     name = "local"
     capabilities = Capabilities(stream_ordered=True, one_sided=True)
+    takes_marks = True
 
     def __init__(self) -> None:
         self._arena = Arena()
@@ -36,12 +37,15 @@ class LocalTransfer(Transfer):
 
     def send(self, payloads: Sequence[Payload]) -> None:
         for payload, inbox in zip(payloads, self.inbox, strict=True):
-            gather(payload.rows, payload.order, 0, len(inbox), inbox)
+            payload.keep(0, len(inbox), inbox, 0)
 
     def started(self) -> bool:
         return False
 
     def missing(self) -> list[int]:
+        return []
+
+    def arrived(self) -> list[tuple[int, int]]:
         return []
 
     def unsettled(self) -> list[int]:

@@ -6,6 +6,7 @@ every receiver, and a word per rank tells that they are all there.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import platform
@@ -14,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from pymoe import environment
 from pymoe.comm.control import Control
 from pymoe.comm.header import SEQUENCE, WORDS
 from pymoe.comm.mpi import bounded, load_mpi, mpi_lock
 from pymoe.comm.plan import Counts, counts_of
-from pymoe.comm.transports.base import Capabilities, FlatTransport, Payload, Transfer, gather, ring
+from pymoe.comm.transports.base import Capabilities, FlatTransport, Payload, Transfer, Transport, ring
 from pymoe.comm.waiting import Wait
+from pymoe.device.copies import Copies, Mark
 from pymoe.errors import CommError, complaint
 
 Array = Any
@@ -52,6 +55,22 @@ class SharedWindow:
         self._window = bounded(call, "a shared window", seconds, allocate)
         query = self._window.Shared_query
         self.parts = [np.frombuffer(query(rank)[0], np.uint8)[:size] for rank in range(comm.Get_size())]
+        self._pinned_by: Copies | None = None
+
+    def pin(self, copies: Copies) -> None:
+        """Let copies between a device and any part go straight; where that is refused, CUDA copies in two steps."""
+        first, last = self.parts[0], self.parts[-1]
+        nbytes = last.ctypes.data + last.nbytes - first.ctypes.data
+        if nbytes != sum(part.nbytes for part in self.parts):
+            environment.logger.warning("shared memory in %d pieces is not pinned for CUDA", len(self.parts))
+            return
+        whole = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(first.ctypes.data))
+        try:
+            copies.register(whole)
+        except RuntimeError as error:  # CuPy's errors of CUDA are such
+            environment.logger.warning("shared memory is not pinned for CUDA: %s", error)
+            return
+        self._pinned_by, self._pinned = copies, whole
 
     def sync(self) -> None:
         """Order this rank's loads and stores before and after it.
@@ -64,6 +83,9 @@ class SharedWindow:
 
     def close(self, call: str, seconds: float, broken: bool) -> None:
         """Free the window, collective; a broken one stays until the process ends."""
+        if self._pinned_by is not None:
+            self._pinned_by.unregister(self._pinned)
+            del self._pinned
         self.parts = []
 
         def free() -> None:
@@ -145,6 +167,7 @@ class ShmTransport(FlatTransport):
 
     name = "shm"
     capabilities = Capabilities(one_sided=True)
+    takes_marks = True
 
     def __init__(self, comm: Any, control: ShmControl, seconds: float) -> None:
         self.comm, self.control, self.seconds = comm, control, seconds
@@ -152,6 +175,14 @@ class ShmTransport(FlatTransport):
         self._windows: dict[int, SharedWindow] = {}
         self._numbers = [0, 0]
         self._grown = 0
+        self._copies: Copies | None = None
+
+    def for_device(self, copies: Copies) -> Transport:
+        if self._copies is None:
+            self._copies = copies
+            for window in self._windows.values():
+                window.pin(copies)
+        return self
 
     def open(self, way: int, counts: Counts, widths: Sequence[int]) -> Transfer:
         assert counts.start is not None and counts.most is not None
@@ -176,6 +207,8 @@ class ShmTransport(FlatTransport):
         size = 1 << max(size - 1, 65535).bit_length()
         self._check_room(size * self.size)
         window = self._windows[way] = SharedWindow("MoELayer", self.comm, size, self.seconds)
+        if self._copies is not None:
+            window.pin(self._copies)
         return window
 
     def _check_room(self, size: int) -> None:
@@ -218,7 +251,10 @@ class ShmTransfer(Transfer):
         receive: list[int] = counts.receive.tolist()
         self._send: list[int] = counts.send.tolist()
         self._start: list[int] = counts.start.tolist()  # type: ignore[union-attr]
+        self._receive = receive
         self._waits_for = [rank for rank, rows in enumerate(receive) if rows]
+        self._mark: Mark | None = None
+        self._arrived: list[int] = []
         self.inbox = [self._rows(transport.rank, part, 0, sum(receive)) for part in range(len(parts))]
 
     def _rows(self, rank: int, part: int, start: int, stop: int) -> Array:
@@ -226,18 +262,33 @@ class ShmTransfer(Transfer):
         return self._window.parts[rank][first + start * width : first + stop * width].reshape(stop - start, width)
 
     def send(self, payloads: Sequence[Payload]) -> None:
-        transport = self._transport
+        self._mark = self._write(payloads)
+        if self._mark is None:
+            self._tell()
+
+    def _write(self, payloads: Sequence[Payload]) -> Mark | None:
+        """Store all rows; return what says when they are there, if they are not yet."""
+        transport, last_mark = self._transport, None
         to = [0, *itertools.accumulate(self._send)]
         for destination in ring(transport.rank, transport.size):
             first, last = to[destination], to[destination + 1]
             if first == last:
                 continue
             start = self._start[destination]
-            for part, (rows, order) in enumerate(payloads):
-                gather(rows, order, first, last, self._rows(destination, part, start, start + last - first))
-        control = transport.control
+            for part, payload in enumerate(payloads):
+                if destination == transport.rank:
+                    payload.keep(first, last, self.inbox[part], start)
+                    continue
+                # Copies of one device are done in their order: the last mark stands for all.
+                mark = payload.write(first, last, self._rows(destination, part, start, start + last - first))
+                last_mark = last_mark if mark is None else mark
+        return last_mark
+
+    def _tell(self) -> None:
+        """Say that all rows are stored."""
+        control, rank = self._transport.control, self._transport.rank
         control.sync()
-        control.done[transport.rank][self._way] = self._number
+        control.done[rank][self._way] = self._number
         control.sync()
 
     def started(self) -> bool:
@@ -245,13 +296,27 @@ class ShmTransfer(Transfer):
         return False
 
     def missing(self) -> list[int]:
+        self.unsettled()
         control = self._transport.control
         control.sync()
-        self._waits_for = [rank for rank in self._waits_for if control.done[rank][self._way] < self._number]
+        late = [rank for rank in self._waits_for if control.done[rank][self._way] < self._number]
         control.sync()
-        return self._waits_for
+        self._arrived += [rank for rank in self._waits_for if rank not in late]
+        self._waits_for = late
+        return late
+
+    def arrived(self) -> list[tuple[int, int]]:
+        ranks, self._arrived = self._arrived, []
+        first = [0, *itertools.accumulate(self._receive)]
+        return [(first[rank], first[rank + 1]) for rank in ranks if rank != self._transport.rank]
 
     def unsettled(self) -> list[int]:
+        if self._mark is None:
+            return []
+        if not self._mark.done:
+            return [self._transport.rank]
+        self._mark = None
+        self._tell()
         return []
 
     def cancel(self, ranks: Sequence[int]) -> None:
