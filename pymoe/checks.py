@@ -105,7 +105,7 @@ def topk_arrays(call: str, topk_weights: Array, topk_ids: Array, M: int) -> tupl
 
 
 def legal_ids(call: str, topk_ids: Array, global_num_experts: int) -> Array:
-    """Return int32 ids in which everything outside ``0..global_num_experts-1`` has become -1.
+    """Return int32 ids in which everything outside ``0..global_num_experts-1`` has become -1; the same, if none is.
 
     Compared in the ids' own dtype first, so that no wide or unsigned id can wrap into the range.  In the checked mode
     any id but -1 outside the range raises `ArgumentError`.  Ids on a device come back as they are: kernels skip the
@@ -116,6 +116,8 @@ def legal_ids(call: str, topk_ids: Array, global_num_experts: int) -> Array:
             legal_ids(call, topk_ids.get(), global_num_experts)
         return topk_ids
     legal = (topk_ids >= 0) & (topk_ids < global_num_experts)
+    if topk_ids.dtype == np.int32 and legal.all():
+        return topk_ids
     if is_checked() and not legal.all():
         wrong = ~legal if topk_ids.dtype.kind == "u" else ~legal & (topk_ids != -1)
         if wrong.any():

@@ -66,11 +66,14 @@ class RowMap:
         Flat slot ``t * topk + j`` of each row, ascending within an expert.
     slot_to_row : (M, topk) int64
         The inverse; -1 where a slot has no row.
+    tokens : (P,) int64, optional
+        What `row_to_token` gives, where it is known already.
     """
 
     expert_offsets: Array
     row_to_slot: Array
     slot_to_row: Array
+    tokens: Array | None = None
 
     @property
     def P(self) -> int:
@@ -80,6 +83,8 @@ class RowMap:
     @property
     def row_to_token(self) -> Array:
         """Token of each row, (P,) int64."""
+        if self.tokens is not None:
+            return self.tokens
         return self.row_to_slot // max(self.slot_to_row.shape[1], 1)
 
 

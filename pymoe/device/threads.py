@@ -12,9 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from pymoe import environment
 
-__all__ = ["run_blocks"]
+__all__ = ["record", "refuse_recording", "run_blocks"]
 
 _BLOCKS_PER_THREAD = 4
 """More blocks than threads, so that uneven blocks even out."""
@@ -25,15 +27,27 @@ _pool_size = 0
 _inside = threading.local()
 
 
-def run_blocks(kernel: Callable[..., Any], count: int, *args: Any, grain: int = 1) -> None:
+def record(recorder: Any) -> None:
+    """Have `recorder` note what this thread runs from now on; None ends that."""
+    _inside.recorder = recorder
+
+
+def refuse_recording() -> None:
+    """Say that something is computed outside of `run_blocks` from what differs between calls."""
+    recorder = getattr(_inside, "recorder", None)
+    if recorder is not None:
+        recorder.refuse()
+
+
+def run_blocks(kernel: Callable[..., Any], count: Any, *args: Any, grain: int = 1) -> None:
     """Call ``kernel(start, stop, *args)`` over blocks that cover ``range(count)``, on up to `num_threads` threads.
 
     Parameters
     ----------
     kernel : callable
         Releases the GIL; the result must not depend on how the range is cut.
-    count : int
-        Length of the range.
+    count : int or ndarray, (1,) int64
+        Length of the range; an array where an earlier kernel has written it.
     *args
         Passed on to every block.
     grain : int
@@ -44,6 +58,10 @@ def run_blocks(kernel: Callable[..., Any], count: int, *args: Any, grain: int = 
     Exception
         The first error of a block, once no block runs any more.
     """
+    recorder = getattr(_inside, "recorder", None)
+    if recorder is not None:
+        recorder.note(kernel, count, grain, args)
+    count = int(count[0]) if isinstance(count, np.ndarray) else count
     if count <= 0:
         return
     units = -(-count // grain)

@@ -172,7 +172,7 @@ class FusedMoEKernel:
         checks.weight_on_input(call, apply_router_weight_on_input, ids.shape[1])
         ids = checks.legal_ids(call, ids, G)
         if not is_cuda(ids):
-            ids = ids.astype(self.prepare_finalize.topk_indices_dtype() or np.int32)
+            ids = ids.astype(self.prepare_finalize.topk_indices_dtype() or np.int32, copy=False)
         if out is not None:
             inputs = {"hidden_states": x, "w1": w1, "w2": w2, "topk_weights": given[0], "topk_ids": given[1]}
             out = as_array(call, "out", out)

@@ -19,7 +19,7 @@ from pymoe.layer.arguments import arrays_of, gate_of, most_tokens, routing_of, s
 from pymoe.layer.capture import CapturedCall, captured_arrays, run_once
 from pymoe.layer.plan import Plan
 from pymoe.layer.router import LayerRouter, loads
-from pymoe.layer.tapes import Tapes
+from pymoe.layer.tapes import tapes_for
 from pymoe.layer.together import (
     building_from,
     built_together,
@@ -133,7 +133,7 @@ class MoELayer:
         self.max_num_tokens = most_tokens(call, max_num_tokens)
         self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
         self.dtype = self._w1.dtype if self._w1.dtype in HIDDEN_DTYPES else np.dtype("float32")
-        self._tapes = Tapes(self) if Tapes.suit(self) else None
+        self._tapes = tapes_for(self)
         self._router: Any = LayerRouter(self.gate, self.routing, self.num_experts)
         self._kernels: dict[Any, tuple[FusedMoEKernel, tuple[Refusal, ...]]] = {}
         self._lock = threading.Lock()
@@ -267,7 +267,7 @@ class MoELayer:
             weights, ids = self._router.route(call, x, **given, input_ids=input_ids)
             y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, target)
             # Counted when asked for; the caller's own ids may have changed by then.
-            ids = ids if topk_ids is None or not is_cuda(ids) else ids.copy()
+            ids = ids if topk_ids is None else ids.copy()
         return (as_given(y, hidden_states) if out is None else out), ids
 
     def _run(

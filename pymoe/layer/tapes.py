@@ -12,8 +12,9 @@ from pymoe.device import stream
 from pymoe.device.arrays import is_cuda
 from pymoe.device.tape import Recorder, Tape
 from pymoe.environment import is_checked
+from pymoe.layer.cpu_tapes import CpuTapes
 
-__all__ = ["Tapes"]
+__all__ = ["Tapes", "tapes_for"]
 
 Array = Any
 
@@ -133,3 +134,11 @@ def _empty_like(x: Array) -> Array:
     import cupy
 
     return cupy.empty(x.shape, x.dtype)
+
+
+def tapes_for(layer: Any) -> Tapes | CpuTapes | None:
+    """Return the tapes of a layer, None where its calls cannot be recorded."""
+    for kind in (Tapes, CpuTapes):
+        if kind.suit(layer):
+            return kind(layer)
+    return None

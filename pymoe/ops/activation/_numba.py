@@ -17,7 +17,7 @@ import numpy as np
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.device.arrays import BFLOAT16, as_float32
 from pymoe.device.numba_cpu import jit
-from pymoe.device.threads import run_blocks
+from pymoe.device.threads import refuse_recording, run_blocks
 from pymoe.errors import KernelCompileError, complaint
 from pymoe.ops.activation import _numpy
 
@@ -87,6 +87,7 @@ def activation(x: Array, config: ActivationConfig, out: Array) -> None:
         kernel, parameters = _kernel(config)
         run_blocks(kernel, len(x), x, y, _NO_BITS, *parameters, grain=grain)
     if y is not out:
+        refuse_recording()
         with np.errstate(all="ignore"):
             out[...] = y
 

@@ -13,20 +13,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymoe.codec.weights import WeightOperand, code_table
+from pymoe.device.arrays import BFLOAT16
 from pymoe.device.instructions import best_dot
-from pymoe.device.threads import run_blocks
+from pymoe.device.threads import refuse_recording, run_blocks
 from pymoe.ops.grouped_gemm import _lanes
 from pymoe.ops.grouped_gemm._lanes import LANES
 from pymoe.ops.grouped_gemm._numba_dots import multiply_decoded, multiply_straight
 from pymoe.ops.grouped_gemm._numba_tiles import TILE_FEATURES, multiply_tiles
 from pymoe.ops.grouped_gemm._numba_tiles_ir import BFLOAT16_PAIRS, INT8_QUADS
-from pymoe.ops.grouped_gemm._numba_units import FEATURES, Codes, Factors, Layout, Scaling, Task, units_of
+from pymoe.ops.grouped_gemm._numba_units import (
+    FEATURES,
+    Codes,
+    Factors,
+    Layout,
+    Scaling,
+    Task,
+    list_units,
+    most_units,
+    pad_rows,
+)
 from pymoe.ops.grouped_gemm._operands import Array, Rows, group_of, product_of
 
 FEW_ROWS = 8
 """Rows of an expert up to which widening e4m3, 8 operations a vector, again for every tile beats storing it widened."""
 BLOCK_WEIGHTS = 1 << 20
 """Weights that a thread takes at a time at least: reading them takes some 100 us, handing over work some 20."""
+COPIED_BYTES = 1 << 21
+"""Of rows that a thread pads at a time at least."""
 EXACT_GROUP = 1024
 """Products of two int8 codes whose sum is exact in float32: 1024 * 128 * 128 = 2^24."""
 
@@ -56,33 +69,29 @@ def grouped_gemm(rows: Rows, w: WeightOperand, expert_offsets: Array, gather: Ar
     product = product_of(rows, w)
     instructions = None if product == "float32" else best_dot(product)
     plan = _float_plan(rows, w) if instructions is None else _narrow_plan(product, instructions, rows, w)
-    values = rows.values.view(np.uint8) if plan.product == "int8" else None
-    if plan.product == "bfloat16":
-        values = rows.as_bfloat16()
-    elif plan.product == "float32":
-        values = rows.as_float32()
-    assert values is not None
     layout = plan.layout
-    padded = _padded(values, layout)
+    padded = _padded(rows, plan.product, layout)
     codes, before = _codes(w), w.group_scale is not None and not plan.in_groups
     straight = not before and _is_straight(plan, w, expert_offsets)
     kernel: Any
     how: tuple[Any, ...]
     if plan.instructions == "tiles":
         kernel, how = multiply_tiles, (BFLOAT16_PAIRS if plan.product == "bfloat16" else INT8_QUADS, straight)
-        layout = layout._replace(stride=layout.stride * values.itemsize)
+        layout = layout._replace(stride=layout.stride * padded.itemsize)
     else:
         kind = {"float32": _FLOAT32, "bfloat16": _PAIRS, "int8": _QUADS}[plan.product]
         kernel, how = (multiply_straight, ()) if straight else (multiply_decoded, (kind,))
         if straight and plan.product != "float32":
             codes = codes._replace(kind=kind)
     features = TILE_FEATURES if plan.instructions == "tiles" else FEATURES
-    units = units_of(expert_offsets, out.shape[1], features)
+    E, N = w.codes.shape[:2]
+    units, count = np.empty((most_units(len(out), E, N, features), 3), np.int64), np.empty(1, np.int64)
+    run_blocks(list_units, 1, expert_offsets, N, features, units, count)
     task = Task(
         units, expert_offsets, gather, padded.ctypes.data, codes, layout, _scaling(w, before),
         _factors(rows, w, plan.in_groups),
     )  # fmt: skip
-    run_blocks(kernel, len(units), *how, task, out, grain=max(1, BLOCK_WEIGHTS // (features * w.K)))
+    run_blocks(kernel, count, *how, task, out, grain=max(1, BLOCK_WEIGHTS // (features * w.K)))
 
 
 def _is_straight(plan: _Plan, w: WeightOperand, expert_offsets: Array) -> bool:
@@ -140,26 +149,43 @@ def _own(array: Array) -> Array:
     return array if array.flags.writeable else array.copy()
 
 
-def _padded(values: Array, layout: Layout) -> Array:
-    """Return the rows flat, every group padded by zeros; `values` themselves where they are that already.
+def _padded(rows: Rows, product: str, layout: Layout) -> Array:
+    """Return the rows in the numbers of the product, flat, every group padded by zeros; themselves where they are that.
 
     A copy starts at a cache line, so that no vector of it lies in two.
     """
-    if layout.stride == layout.K and values.flags.c_contiguous:
+    values, shift = _bits(rows, product)
+    if not shift and layout.stride == layout.K and values.flags.c_contiguous:
         return values.reshape(-1)
-    size, line = values.shape[0] * layout.stride, 64 // values.itemsize
-    new = np.empty if layout.padded * layout.groups == layout.K else np.zeros
-    buffer = new(size + line, values.dtype)
-    first = -(buffer.ctypes.data // values.itemsize) % line
+    item = 4 if shift else values.itemsize
+    size, line = values.shape[0] * layout.stride, 64 // item
+    buffer = np.empty(size + line, f"u{item}")
+    first = -(buffer.ctypes.data // item) % line
     flat = buffer[first : first + size]
-    rows = flat.reshape(values.shape[0], layout.stride)
-    if layout.groups == 1:
-        rows[:, : layout.K] = values
-        return flat
-    for g in range(layout.groups):
-        part = values[:, g * layout.group : (g + 1) * layout.group]
-        rows[:, g * layout.padded : g * layout.padded + part.shape[1]] = part
+    values = np.ascontiguousarray(values).view()
+    # Read-only for all, so that Numba compiles once for tokens of either sort.
+    values.flags.writeable = False
+    grain = max(1, COPIED_BYTES // max(1, values[:1].nbytes))
+    run_blocks(pad_rows, len(values), values, shift, layout, flat, grain=grain)
     return flat
+
+
+def _bits(rows: Rows, product: str) -> tuple[Array, int]:
+    """Return the bits of the rows in the numbers of the product, and by how much they are still to be shifted left."""
+    if product == "int8":
+        return rows.values.view(np.uint8), 0
+    if rows.key is None and rows.values.dtype == BFLOAT16:
+        return rows.values.view(np.uint16), 16 if product == "float32" else 0
+    if product == "float32":
+        values = rows.as_float32()
+        bits = values.view(np.uint32)
+    else:
+        values = rows.as_bfloat16()
+        assert values is not None
+        bits = values
+    if values.ctypes.data != rows.values.ctypes.data:
+        refuse_recording()
+    return bits, 0
 
 
 def _codes(w: WeightOperand) -> Codes:

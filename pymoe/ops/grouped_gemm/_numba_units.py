@@ -77,19 +77,40 @@ class Task(NamedTuple):
     factors: Factors
 
 
-def units_of(expert_offsets: Array, N: int, width: int) -> Array:
-    """Return (units, 3): expert, first output feature of `width`, first row; experts without rows have none.
+def most_units(rows: int, E: int, N: int, width: int) -> int:
+    """Return how many units `list_units` writes at most for that many rows, however they spread over experts."""
+    return (min(E, rows) + rows // ROWS) * -(-N // width)
 
-    Units of the same rows follow each other.
+
+@jit
+def list_units(start, stop, expert_offsets, N, width, units, count):
+    """Write (expert, first output feature of `width`, first row) of all units, and how many there are.
+
+    Experts without rows have none; units of the same rows follow each other.
     """
-    counts = -(-np.diff(expert_offsets) // ROWS)
-    experts = np.repeat(np.arange(len(counts)), counts)
-    tile_of_expert = np.arange(len(experts)) - np.repeat(np.cumsum(counts) - counts, counts)
-    rows = expert_offsets[experts] + tile_of_expert * ROWS
-    features = np.arange(0, N, width)
-    units = np.empty((len(experts), len(features), 3), np.int64)
-    units[:, :, 0], units[:, :, 1], units[:, :, 2] = experts[:, None], features, rows[:, None]
-    return units.reshape(-1, 3)
+    n = 0
+    for e in range(len(expert_offsets) - 1):
+        for row in range(expert_offsets[e], expert_offsets[e + 1], ROWS):
+            for feature in range(0, N, width):
+                units[n, 0] = e
+                units[n, 1] = feature
+                units[n, 2] = row
+                n += 1
+    count[0] = n
+
+
+@jit
+def pad_rows(start, stop, rows, shift, layout, flat):
+    """Copy the bits of rows ``start:stop``, shifted left, to ``flat``, every group padded by zeros."""
+    for r in range(start, stop):
+        to = flat[r * layout.stride : (r + 1) * layout.stride]
+        for g in range(layout.groups):
+            first, place = g * layout.group, g * layout.padded
+            width = min(layout.group, layout.K - first)
+            for k in range(width):
+                to[place + k] = np.int64(rows[r, first + k]) << shift
+            for k in range(width, layout.padded):
+                to[place + k] = 0
 
 
 @jit(inline="always")

@@ -22,16 +22,15 @@ def permute(topk_ids: Array, E_local: int, expert_map: Array | None) -> RowMap:
     if ids.dtype not in (np.int32, np.int64):
         # An unsigned id beyond int64 becomes negative, which has no row either.
         ids = ids.astype(np.int64)
-    expert_offsets = np.zeros(E_local + 1, np.int64)
+    mapped, expert_map = expert_map is not None, _NO_MAP if expert_map is None else expert_map
+    expert_offsets, place = np.empty((2, E_local + 1), np.int64)
     slot_to_row = np.empty(topk_ids.shape, np.int64)
-    row_to_slot = _sort(
-        np.ascontiguousarray(ids),
-        _NO_MAP if expert_map is None else expert_map,
-        expert_map is not None,
-        expert_offsets,
-        slot_to_row.reshape(-1),
-    )
-    return RowMap(expert_offsets, row_to_slot, slot_to_row)
+    row_to_slot, row_to_token = np.empty((2, ids.size), np.int64)
+    ids = np.ascontiguousarray(ids)
+    flat = slot_to_row.reshape(-1), row_to_slot, row_to_token
+    run_blocks(_sort, 1, ids, topk_ids.shape[1], expert_map, mapped, expert_offsets, place, *flat)
+    P = int(expert_offsets[-1])
+    return RowMap(expert_offsets, row_to_slot[:P], slot_to_row, row_to_token[:P])
 
 
 def permute_rows(x: Array, row_to_token: Array) -> Array:
@@ -45,9 +44,10 @@ def permute_rows(x: Array, row_to_token: Array) -> Array:
 
 
 @jit
-def _sort(ids, expert_map, mapped, expert_offsets, slot_to_row):
-    """Fill the offsets and the rows of the slots, return the slots of the rows; slots are visited in order."""
+def _sort(start, stop, ids, topk, expert_map, mapped, expert_offsets, place, slot_to_row, row_to_slot, row_to_token):
+    """Fill the offsets, the rows of the slots, and the slots and tokens of the rows; slots are visited in order."""
     ids_end = len(expert_map) if mapped else len(expert_offsets) - 1
+    expert_offsets[:] = 0
     for s in range(len(ids)):
         local = -1
         if ids[s] >= 0 and ids[s] < ids_end:
@@ -57,15 +57,14 @@ def _sort(ids, expert_map, mapped, expert_offsets, slot_to_row):
             expert_offsets[local + 1] += 1
     for e in range(1, len(expert_offsets)):
         expert_offsets[e] += expert_offsets[e - 1]
-    row_to_slot = np.empty(expert_offsets[-1], np.int64)
-    place = expert_offsets.copy()
+    place[:] = expert_offsets
     for s in range(len(ids)):
         local = slot_to_row[s]
         if local >= 0:
             row_to_slot[place[local]] = s
+            row_to_token[place[local]] = s // topk
             slot_to_row[s] = place[local]
             place[local] += 1
-    return row_to_slot
 
 
 @jit

@@ -8,7 +8,7 @@ import numpy as np
 
 from pymoe.device.arrays import BFLOAT16, as_float32
 from pymoe.device.numba_cpu import jit
-from pymoe.device.threads import run_blocks
+from pymoe.device.threads import refuse_recording, run_blocks
 from pymoe.ops.quantize._rules import Coder
 
 Array = Any
@@ -25,6 +25,7 @@ _ROUNDER = np.float32(1.5 * 2**23)
 
 def extremes(x: Array, block: tuple[int, int], poison: bool) -> tuple[Array, Array]:
     """See ``_numpy.extremes``."""
+    refuse_recording()
     R, K = x.shape
     low, high = np.zeros((2, -(-R // block[0]), -(-K // block[1])), np.float32)
     bits, shift = _bits(x)
@@ -38,6 +39,7 @@ def extremes(x: Array, block: tuple[int, int], poison: bool) -> tuple[Array, Arr
 
 def encode(x: Array, block: tuple[int, int], factor: Array, offset: Array | float, coder: Coder, out: Array) -> None:
     """See ``_numpy.encode``."""
+    refuse_recording()
     R, K = x.shape
     bits, shift = _bits(x)
     factor = np.ascontiguousarray(factor, np.float32)

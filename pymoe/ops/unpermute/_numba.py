@@ -8,7 +8,7 @@ import numpy as np
 
 from pymoe.device.arrays import BFLOAT16, as_float32
 from pymoe.device.numba_cpu import jit
-from pymoe.device.threads import run_blocks
+from pymoe.device.threads import refuse_recording, run_blocks
 
 Array = Any
 
@@ -27,6 +27,7 @@ def unpermute(rows: Array, slot_to_row: Array, topk_weights: Array | None, out: 
     elif out.flags.c_contiguous and out.dtype == np.float32:
         run_blocks(_sum_wide, M, *arguments, out, grain=grain)
     else:
+        refuse_recording()
         total = np.empty(out.shape, np.float32)
         run_blocks(_sum_wide, M, *arguments, total, grain=grain)
         with np.errstate(all="ignore"):

@@ -1,0 +1,163 @@
+"""Short calls of a layer on the CPU that repeat an earlier one's shapes: their kernels run from a tape."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pymoe.config import RoutingMethodType
+from pymoe.device.cpu_tape import CpuRecorder, CpuTape
+from pymoe.environment import cpu_kernels, is_checked
+
+__all__ = ["CpuTapes"]
+
+Array = Any
+
+_MOST = 64
+"""Kinds of calls that a layer remembers."""
+_WORKSPACE_BYTES = 1 << 24
+"""Of the tapes of a layer together: each has its own."""
+_MOST_BYTES = 1 << 28
+"""Of weights that a taped call reads: some 10 ms, in which Python does not see an interrupt."""
+_UNSEEN: Any = object()
+
+
+class _Entry(NamedTuple):
+    tape: CpuTape
+    ids: Array
+    is_proved: bool
+    nbytes: int
+
+
+class CpuTapes:
+    """The tapes of one layer, by what its calls' arrays are.
+
+    Recorded are calls in which every slot has a row and nothing but the stages' own kernels computes.  The first call
+    of each kind takes the ordinary path, whose checks a tape's kind stands for; the second records; the third plays
+    the tape beside the ordinary path, and a tape whose bits differ is dropped.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._entries: OrderedDict[Any, _Entry | None] = OrderedDict()
+        self._refused: set[Any] = set()
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def suit(layer: Any) -> bool:
+        """Return whether calls of `layer` can be recorded."""
+        return (
+            layer.device == "cpu"
+            and layer._ranks is None
+            and layer._expert_map is None
+            and layer.shared_experts is None
+            and layer.quant_config.activation_key is None
+            and not layer.routing.apply_router_weight_on_input
+            and layer.routing.method not in (RoutingMethodType.Custom, RoutingMethodType.Simulated)
+            # Its owner may change a bias; the ordinary path looks at it in every call.
+            and layer.routing.e_score_correction_bias is None
+        )
+
+    def call(self, arrays: tuple[Array | None, ...], out: Array | None) -> Array | None:
+        """Return the answer of a call with (tokens, logits, weights, ids), or None where no tape knows it."""
+        key = self._key(arrays, out)
+        if key is None or key in self._refused:
+            return None
+        entry = self._entries.get(key, _UNSEEN)
+        if entry is _UNSEEN:
+            self._remember(key, None)
+            return None
+        target = np.empty_like(arrays[0]) if out is None else out
+        given = [array for array in (*arrays, target) if array is not None]
+        if out is not None and self._overlaps(given):
+            return None
+        if entry is None:
+            return self._record(key, arrays, given, target)
+        if not entry.is_proved:
+            return self._prove(key, entry, arrays, given, target)
+        ids = entry.tape.play([array.ctypes.data for array in given], entry.ids)
+        if ids is None:
+            return None
+        self._layer._routed, self._layer._last_load = ids, None
+        return target
+
+    def _record(self, key: Any, arrays: tuple[Array | None, ...], given: list[Array], target: Array) -> Array:
+        """Run the ordinary path and keep its kernels; the answer is right either way."""
+        recorder = CpuRecorder(given)
+        with recorder.active():
+            ids = self._compute(arrays, target)
+        tape = recorder.tape()
+        if tape is None:
+            self._forget(key)
+        else:
+            self._remember(key, _Entry(tape, ids, False, self._workspace_bytes(len(target))))
+        return target
+
+    def _prove(self, key: Any, entry: _Entry, arrays: Any, given: list[Array], target: Array) -> Array:
+        """Run both; the tape's answer must be the ordinary path's."""
+        played = np.empty_like(target)
+        ids = entry.tape.play([array.ctypes.data for array in (*given[:-1], played)], entry.ids)
+        expected_ids = self._compute(arrays, target)
+        if ids is None:
+            return target
+        if played.tobytes() == target.tobytes() and np.array_equal(ids, expected_ids):
+            self._remember(key, entry._replace(is_proved=True))
+        else:
+            self._forget(key)
+        return target
+
+    def _compute(self, arrays: Any, target: Array) -> Array:
+        layer = self._layer
+        _, ids = layer._compute(*arrays, out=target)
+        layer._routed, layer._last_load = ids, None
+        return ids
+
+    def _remember(self, key: Any, entry: _Entry | None) -> None:
+        with self._lock:
+            self._entries[key] = entry
+            self._entries.move_to_end(key)
+            used = sum(entry.nbytes for entry in self._entries.values() if entry is not None)
+            while len(self._entries) > _MOST or used > _WORKSPACE_BYTES:
+                _, dropped = self._entries.popitem(last=False)
+                used -= 0 if dropped is None else dropped.nbytes
+
+    def _forget(self, key: Any) -> None:
+        """Let calls of this kind take the ordinary path from now on."""
+        with self._lock:
+            self._entries.pop(key, None)
+            self._refused.add(key)
+
+    def _workspace_bytes(self, M: int) -> int:
+        """Return what a tape for M tokens keeps: the rows of both GEMMs and of the intermediate, in float32."""
+        layer = self._layer
+        return int(4 * M * layer.topk * (layer._w1.shape[1] + layer.K + layer.I))
+
+    def _key(self, arrays: tuple[Array | None, ...], out: Array | None) -> Any:
+        """Return what decides the kernels of a call, or None where a tape would not do."""
+        x, logits, _, ids = arrays
+        layer = self._layer
+        if ids is not None or is_checked():
+            return None
+        for array in (x, logits, out):
+            if array is not None and (type(array) is not np.ndarray or not array.flags.c_contiguous or not array.size):
+                return None
+        if logits is not None and logits.dtype != np.float32:
+            return None
+        experts, slots = layer.num_experts, x.shape[0] * layer.topk
+        if min(experts, slots) * ((layer._w1.nbytes + layer._w2.nbytes) // experts) > _MOST_BYTES:
+            return None
+        if self._workspace_bytes(x.shape[0]) > _WORKSPACE_BYTES // 2:
+            return None
+        given = logits if logits is None else logits.shape
+        return x.shape, x.dtype, given, None if out is None else (out.shape, out.dtype), cpu_kernels()
+
+    def _overlaps(self, given: list[Array]) -> bool:
+        """Return whether the last array shares memory with another or a weight; the ordinary path says which."""
+        *inputs, out = [
+            (x.ctypes.data, x.ctypes.data + x.nbytes)
+            for x in (*given[:-1], self._layer._w1, self._layer._w2, given[-1])
+        ]
+        return any(start < out[1] and out[0] < stop for start, stop in inputs)
