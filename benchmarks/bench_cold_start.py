@@ -75,71 +75,88 @@ def child(on: str, scheme: str, folder: str) -> dict:
 
 def measure(on: str, scheme: str) -> dict:
     """Time imports, context, construction, first and second call of one layer in this process; seconds."""
-    clock = time.perf_counter
     times = {}
 
     def timed(name, action):
-        started = clock()
+        started = time.perf_counter()
         result = action()
-        times[name] = clock() - started
+        times[name] = time.perf_counter() - started
         return result
 
-    def imports():
-        import ml_dtypes  # noqa: F401
-        import numpy
+    xp, wait = timed("imports", lambda: imports(on))
+    import pymoe
 
-        import pymoe  # noqa: F401
+    host = inputs(scheme)
 
-        if on == "cpu":
-            import numba  # noqa: F401
+    def context():
+        arrays = [on_device(xp, array) for array in host]
+        wait()
+        return arrays
 
-            return numpy, lambda: None
-        import cuda.core  # noqa: F401
-        import cupy
+    w1, w2, x, logits, config = timed("context", context)
+    layer = timed("layer", lambda: pymoe.MoELayer(w1, w2, topk=TOPK, quant_config=config))
 
-        from pymoe.catalogue import all_kernels
+    def call():
+        layer(x, router_logits=logits)
+        wait()
 
-        all_kernels("sm_90a")  # pymoe's own modules for CUDA, which the first call would import
-        return cupy, lambda: cupy.cuda.runtime.deviceSynchronize()
+    timed("first", call)
+    timed("second", call)
+    return times
 
-    xp, wait = timed("imports", imports)
+
+def imports(on: str) -> tuple:
+    """Import all that a layer needs; return the array module and a function that waits for the device."""
+    import ml_dtypes  # noqa: F401
+    import numpy
+
+    import pymoe  # noqa: F401
+
+    if on == "cpu":
+        import numba  # noqa: F401
+
+        return numpy, lambda: None
+    import cuda.core  # noqa: F401
+    import cupy
+
+    from pymoe.catalogue import all_kernels
+
+    all_kernels("sm_90a")  # pymoe's own modules for CUDA, which the first call would import
+    return cupy, lambda: cupy.cuda.runtime.deviceSynchronize()
+
+
+def inputs(scheme: str) -> tuple:
+    """Return both weights, tokens, logits and the quant config of a random layer on the host."""
     import ml_dtypes
     import numpy as np
 
     import pymoe
 
     random = np.random.default_rng(0)
-    w1, w2 = (random.standard_normal(shape, np.float32) / 32 for shape in ((E, 2 * I, K), (E, K, I)))
-    x = random.standard_normal((M, K), np.float32)
-    logits = random.standard_normal((M, E), np.float32)
     bf16 = ml_dtypes.bfloat16
+    w1, w2 = ((random.standard_normal(s, np.float32) / 32).astype(bf16) for s in ((E, 2 * I, K), (E, K, I)))
+    x = random.standard_normal((M, K), np.float32).astype(bf16)
+    logits = random.standard_normal((M, E), np.float32)
     config = None
-    w1, w2 = w1.astype(bf16), w2.astype(bf16)
     if scheme != "none":
         w1, w2, config = pymoe.quantize_experts(w1, w2, scheme)
+    return w1, w2, x, logits, config
 
-    def moved(operand):
-        """Return the operand of a quant config with its arrays on the device."""
-        arrays = {name: xp.asarray(value) for name, value in vars(operand).items() if isinstance(value, np.ndarray)}
-        return dataclasses.replace(operand, **arrays)
 
-    def context():
-        arrays = [xp.asarray(array) for array in (w1, w2, x.astype(bf16), logits)]
-        there = config and dataclasses.replace(config, w1=moved(config.w1), w2=moved(config.w2))
-        wait()
-        return *arrays, there
+def on_device(xp, value):
+    """Return an array, or what a quant config holds of arrays, on the device."""
+    import numpy as np
 
-    w1, w2, x, logits, config = timed("context", context)
-    layer = timed("layer", lambda: pymoe.MoELayer(w1, w2, topk=TOPK, quant_config=config))
-
-    def call():
-        y = layer(x, router_logits=logits)
-        wait()
-        return y
-
-    timed("first", call)
-    timed("second", call)
-    return times
+    if isinstance(value, np.ndarray):
+        return xp.asarray(value)
+    if value is None:
+        return None
+    operands = {}
+    for name in ("w1", "w2"):
+        operand = getattr(value, name)
+        arrays = {key: xp.asarray(item) for key, item in vars(operand).items() if isinstance(item, np.ndarray)}
+        operands[name] = dataclasses.replace(operand, **arrays)
+    return dataclasses.replace(value, **operands)
 
 
 def verdicts(rows: list[dict]) -> list[str]:

@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401  before pymoe
 import numpy as np
 
 from pymoe.comm.runner import launch

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 
+import checkout  # noqa: F401  before pymoe
 import cupy
 import ml_dtypes
 import numpy as np

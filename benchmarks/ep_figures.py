@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkout  # noqa: F401  before pymoe
 import numpy as np
 
 from pymoe import ep_model

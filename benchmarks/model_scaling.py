@@ -14,16 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401  before pymoe
+import ep_figures
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import ep_figures  # noqa: E402  found only now
-
-from pymoe import ep_model  # noqa: E402
-from pymoe.comm.eplb import LoadWindow, initial_plan  # noqa: E402
-from pymoe.comm.rebalance import rebalance  # noqa: E402
+from pymoe import ep_model
+from pymoe.comm.eplb import LoadWindow, initial_plan
+from pymoe.comm.rebalance import rebalance
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 PLOTS = PAGE.parent / "_static"

@@ -45,6 +45,7 @@ from pymoe.experts import (
     CudaGroupedExperts,
     CudaMonolithicExperts,
     NaiveBatchedExperts,
+    NumbaCudaExperts,
     NumpyReferenceExperts,
 )
 from pymoe.functional import dequantize, fused_experts, fused_moe, quantize, quantize_experts, select_experts
@@ -112,6 +113,7 @@ __all__ = [
     "MoEActivation",
     "MoELayer",
     "NaiveBatchedExperts",
+    "NumbaCudaExperts",
     "NumpyReferenceExperts",
     "Plan",
     "PrepareMonolithicResult",

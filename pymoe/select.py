@@ -17,6 +17,7 @@ from pymoe.experts import (
     CudaGroupedExperts,
     CudaMonolithicExperts,
     NaiveBatchedExperts,
+    NumbaCudaExperts,
     NumpyReferenceExperts,
 )
 from pymoe.prepare_finalize import (
@@ -35,7 +36,7 @@ __all__ = ["CANDIDATES", "Choice", "Refusal", "select"]
 
 CANDIDATES: dict[str, tuple[type[FusedMoEExperts], ...]] = {
     "cpu": (CpuExperts, NumpyReferenceExperts, NaiveBatchedExperts, CpuMonolithicExperts),
-    "cuda": (CudaGroupedExperts, CudaBatchedExperts, CudaMonolithicExperts),
+    "cuda": (CudaGroupedExperts, CudaBatchedExperts, CudaMonolithicExperts, NumbaCudaExperts),
 }
 """Experts by device, best first."""
 

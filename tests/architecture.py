@@ -121,7 +121,14 @@ def import_faults(path: str, source: str) -> list[str]:
 def loaded_lazily(path: str) -> bool:
     """Return whether a file is itself imported inside functions only: a backend of an op, or a Numba helper."""
     name = PurePosixPath(path).name
-    return name in ("_numba.py", "_numba_cuda.py", "_cuda.py", "_lanes.py", "numba_cpu.py") or name.startswith("_numba")
+    return name in (
+        "_numba.py",
+        "_numba_cuda.py",
+        "_cuda.py",
+        "_lanes.py",
+        "numba_cpu.py",
+        "numba_gpu.py",
+    ) or name.startswith("_numba")
 
 
 def size_faults(path: str, source: str) -> list[str]:
@@ -152,7 +159,7 @@ def function_faults(path: str, node: ast.FunctionDef | ast.AsyncFunctionDef, pre
         faults.append(f"{path}:{node.lineno}: {prefix}{node.name} has {lines} lines, more than {FUNCTION_LINES}")
     arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     count = len([a for a in arguments if a not in ("self", "cls", "typingctx")])
-    bound = node.name in BOUND or prefix + node.name in BOUND
+    bound = node.name in BOUND or prefix + node.name in BOUND or is_kernel(node)
     if count > PARAMETERS and not bound and not (prefix + node.name).startswith("_") and "._" not in prefix + node.name:
         faults.append(f"{path}:{node.lineno}: {prefix}{node.name} has {count} parameters, more than {PARAMETERS}")
     allowed = SEED_NAMES if path.startswith(SEED_FILES) else set()
@@ -162,6 +169,11 @@ def function_faults(path: str, node: ast.FunctionDef | ast.AsyncFunctionDef, pre
         if name in BANNED - allowed
     )
     return faults
+
+
+def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Return whether a function is a GPU's: a launch has no keywords, no defaults and no structures."""
+    return any(ast.unparse(decorator) == "kernel" for decorator in node.decorator_list)
 
 
 def environment_faults(path: str, source: str) -> list[str]:

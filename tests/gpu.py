@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import lru_cache
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take three quarters of the device's memory
 
 FILLS = (0xFF, 0x7F, 0x00)
 """Bytes to leave in memory: NaN as a float of any width and -1 as an integer; NaN or a large number, and the largest

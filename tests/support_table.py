@@ -31,9 +31,10 @@ K = 256
 
 def stages() -> list[str]:
     """Return a row a stage: which backends there are files for."""
-    rows = ["| stage | NumPy, the definition | Numba | CUDA |", "| --- | --- | --- | --- |"]
+    rows = ["| stage | NumPy, the definition | Numba | CUDA | Numba on CUDA |", "| --- | --- | --- | --- | --- |"]
     for op in sorted(path.parent.name for path in OPS.glob("*/__init__.py")):
-        cells = ["yes" if (OPS / op / f"_{backend}.py").exists() else "no" for backend in ("numpy", "numba", "cuda")]
+        backends = ("numpy", "numba", "cuda", "numba_cuda")
+        cells = ["yes" if (OPS / op / f"_{backend}.py").exists() else "no" for backend in backends]
         rows.append(f"| {op.replace('_', ' ')} | {' | '.join(cells)} |")
     return rows
 
@@ -51,7 +52,7 @@ def supported(scheme: str, experts) -> bool:
     """Return what `is_supported_config` says of a pair and a class."""
     config, _ = keys_of(scheme)
     routing = pymoe.RoutingConfig(2)
-    device = "cuda" if experts.__name__.startswith("Cuda") else "cpu"
+    device = next(device for device, classes in CANDIDATES.items() if experts in classes)
     moe = FusedMoEConfig(4, 2, K, 128, 4, in_dtype=np.dtype(ml_dtypes.bfloat16), device=device, routing=routing)
     # Whether a device is here is not the table's business.
     ask = type(experts.__name__, (experts,), {"_supports_current_device": staticmethod(lambda: True)})

@@ -109,6 +109,9 @@ def test_the_budgets_can_fail():
     assert "top_k of f is a banned name" in architecture.size_faults("pymoe/x.py", "def f(top_k): ...")[0]
     documented = 'def f():\n    """' + "\n" * 80 + '"""\n    return 1'
     assert architecture.size_faults("pymoe/x.py", documented) == []
+    kernel = "@kernel\ndef f(" + ", ".join(f"a{i}" for i in range(9)) + "): ..."
+    assert architecture.size_faults("pymoe/x.py", kernel) == []
+    assert "f has 9 parameters" in architecture.size_faults("pymoe/x.py", kernel.replace("@kernel", "@device"))[0]
     assert "I of f is" not in str(architecture.size_faults("pymoe/x.py", "def f(I, topk): ..."))
 
 

@@ -50,7 +50,18 @@ def test_every_package_is_listed():
 
 def test_no_extra_lists_torch():
     extras = setup_cfg()["options.extras_require"]
-    assert set(extras) == {"cu12", "cu13", "mpi", "plot", "bench", "docs", "test", "interop"}
+    assert set(extras) == {
+        "cu12",
+        "cu13",
+        "numba-cu12",
+        "numba-cu13",
+        "mpi",
+        "plot",
+        "bench",
+        "docs",
+        "test",
+        "interop",
+    }
     assert [name for name in extras if "torch" in extras[name]] == []
     assert setup_cfg()["options"]["install_requires"].split() == ["numpy>=2.0", "ml_dtypes>=0.5", "numba>=0.61"]
 

@@ -1,9 +1,19 @@
 // What stands between GEMM1 and GEMM2, in float32: the formulas of docs/numerics in their order of operations.
 #pragma once
 
+#include "activation/operations.cuh"
 #include "common/types.cuh"
 
 namespace pymoe {
+
+// Where a unit is compiled for a user's function, its prelude (pymoe/device/own_activation.py) defines
+// PYMOE_OWN_ACTIVATION and own_activation; that function is then the only one, whatever the parameters say.
+#ifdef PYMOE_OWN_ACTIVATION
+constexpr bool kOwnActivation = true;
+#else
+constexpr bool kOwnActivation = false;
+#endif
+__device__ float own_activation(float g, float u);
 
 // Members of pymoe.MoEActivation by formula: SILU covers SWIGLUOAI in both layouts, which differ by parameters only.
 enum class Activation : int32 {
@@ -61,7 +71,7 @@ __device__ __forceinline__ float swiglu(float g, float u, const ActivationParame
     return silu(limit_above(g, p.limit), p.alpha) * (limit_both(u, p.limit) + p.beta);
 }
 
-// Any activation; `u` is not read by those that are not gated.
+// Any activation of the library; `u` is not read by those that are not gated.
 __device__ __forceinline__ float activate(float g, float u, const ActivationParameters& p) {
     switch (p.kind) {
         case Activation::kSilu: return swiglu(g, u, p);
@@ -85,6 +95,23 @@ __device__ __noinline__ float activate_apart(float g, float u, Activation kind, 
 
 __device__ __forceinline__ float activate_apart(float g, float u, const ActivationParameters& p) {
     return activate_apart(g, u, p.kind, p.limit, p.situ_beta, p.situ_linear_beta);
+}
+
+// Four elements of an epilogue.
+__device__ __forceinline__ void activate_four(const float (&g)[4], const float (&u)[4], const ActivationParameters& p,
+                                              float (&y)[4]) {
+#ifdef PYMOE_OWN_ACTIVATION
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = own_activation(g[i], u[i]);
+#else
+    if (p.kind == Activation::kSilu) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y[i] = swiglu(g[i], u[i], p);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y[i] = activate_apart(g[i], u[i], p);
+    }
+#endif
 }
 
 }  // namespace pymoe

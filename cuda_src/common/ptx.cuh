@@ -113,6 +113,20 @@ __device__ __forceinline__ void cvt_f16x2_e4m3x2_twice(uint32 codes, uint32& low
 }
 #endif
 
+// 1 / x within 1 ulp, with subnormals taken for zeros and answered as zeros; exact for zeros and infinities.
+__device__ __forceinline__ float rcp_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / sqrt(x) within 2^-22.9, with subnormals taken for zeros.
+__device__ __forceinline__ float rsqrt_approx(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Lets the next kernel of the stream start (programmatic dependent launch); memory is ordered by its wait alone.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

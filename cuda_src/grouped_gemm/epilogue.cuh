@@ -65,8 +65,12 @@ __device__ __forceinline__ void store_activated(const GemmArguments& p, const Bl
                                                 const int32* sources) {
     const ActivationParameters act = p.activation;
     const bool gated = act.layout != GateLayout::kPlain;
-    const int32 columns = gated ? kColumns / 2 : kColumns, quads = columns / 4, step = kThreads / quads;
-    const int32 quad = threadIdx.x % quads, column = tile.column_tile * columns + 4 * quad;
+    // Constants on both sides: division by a number known at run time only is long, and a call.
+    constexpr int kHalf = kColumns / 8, kWhole = kColumns / 4;
+    const int32 step = gated ? kThreads / kHalf : kThreads / kWhole;
+    const int32 quad = gated ? threadIdx.x % kHalf : threadIdx.x % kWhole;
+    const int32 first = gated ? threadIdx.x / kHalf : threadIdx.x / kWhole;
+    const int32 column = 4 * (tile.column_tile * (gated ? kHalf : kWhole) + quad);
     if (column >= p.width) return;
     const int32 stride = act.layout == GateLayout::kInterleaved ? 2 : 1;
     const int32 to_up = act.layout == GateLayout::kInterleaved ? 1 : kColumns / 2;
@@ -77,7 +81,7 @@ __device__ __forceinline__ void store_activated(const GemmArguments& p, const Bl
         gate_terms[i] = column_terms(p, tile.expert, n);
         up_terms[i] = column_terms(p, tile.expert, act.layout == GateLayout::kInterleaved ? n + 1 : n + p.width);
     }
-    for (int32 r = threadIdx.x / quads; r < tile.rows; r += step) {
+    for (int32 r = first; r < tile.rows; r += step) {
         const float scale = row_factor(p, sources[r]);
         const float* row = sums + r * sums_pitch(kColumns) + 4 * quad * stride;
         float g[4], u[4], y[4];
@@ -86,13 +90,7 @@ __device__ __forceinline__ void store_activated(const GemmArguments& p, const Bl
             g[i] = finish_sum(row[i * stride], scale, gate_terms[i]);
             u[i] = gated ? finish_sum(row[i * stride + to_up], scale, up_terms[i]) : 0.0f;
         }
-        if (act.kind == Activation::kSilu) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) y[i] = swiglu(g[i], u[i], act);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) y[i] = activate_apart(g[i], u[i], act);
-        }
+        activate_four(g, u, act, y);
         store_four(p, tile.first_row + r, column, y);
     }
 }
@@ -101,7 +99,7 @@ __device__ __forceinline__ void store_activated(const GemmArguments& p, const Bl
 template <int kColumns, int kThreads>
 __device__ __forceinline__ void store_tile(const GemmArguments& p, const BlockTile& tile, const float* sums,
                                            const int32* sources) {
-    if (p.activated) {
+    if (kOwnActivation || p.activated) {
         store_activated<kColumns, kThreads>(p, tile, sums, sources);
     } else {
         store_plain<kColumns, kThreads>(p, tile, sums, sources);

@@ -40,14 +40,23 @@ class KernelId(NamedTuple):
     """The name of one kernel instance.
 
     ``unit`` is the path of a ``.cu`` in ``cuda_src``, such as ``permute/permute.cu``; ``expression`` is the instance as
-    C++ names it, such as ``pymoe::permute_kernel<8>``.
+    C++ names it, such as ``pymoe::permute_kernel<8>``; ``prelude`` is source that stands before the unit's own: the
+    activation of a user, or nothing.
     """
 
     unit: str
     expression: str
+    prelude: str = ""
 
     def __str__(self) -> str:
-        return f"{self.expression} of {self.unit}"
+        return f"{self.expression} of {self.unit}" + self._own()
+
+    def __repr__(self) -> str:
+        return f"KernelId({self.unit!r}, {self.expression!r}{self._own()})"
+
+    def _own(self) -> str:
+        """Return which prelude there is, if any: by its digest, since the text is long."""
+        return f" after prelude {hashlib.sha256(self.prelude.encode()).hexdigest()[:12]}" if self.prelude else ""
 
 
 PROBE = KernelId("common/probe.cu", "pymoe::probe_kernel<float>")
@@ -207,7 +216,7 @@ def compile_now(kernel: KernelId, arch: str) -> CompiledKernel:
     """Compile a kernel, whatever is kept already; raises as `compile_kernel`."""
     toolkit.check_arch(arch)
     core = toolkit.cuda_core()
-    source = (source_folder() / kernel.unit).read_text(encoding="utf-8")
+    source = kernel.prelude + (source_folder() / kernel.unit).read_text(encoding="utf-8")
     folders = [str(source_folder()), *map(str, toolkit.include_path())]
     log = io.StringIO()
     try:
@@ -228,7 +237,7 @@ def cache_key(kernel: KernelId, arch: str, version: tuple[int, int] | None = Non
     `version` is that of the library, which is loaded to ask for it, unless given.
     """
     version = toolkit.nvrtc_version() if version is None else version
-    made_by = (kernel, arch, _OPTIONS, version, sources_digest(source_folder(), kernel.unit))
+    made_by = (tuple(kernel), arch, _OPTIONS, version, sources_digest(source_folder(), kernel.unit))
     return hashlib.sha256(repr(made_by).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ from pymoe.experts.cuda_batched import CudaBatchedExperts
 from pymoe.experts.cuda_grouped import CudaGroupedExperts
 from pymoe.experts.cuda_monolithic import CudaMonolithicExperts
 from pymoe.experts.naive_batched import NaiveBatchedExperts
+from pymoe.experts.numba_cuda import NumbaCudaExperts
 from pymoe.experts.numpy_reference import NumpyReferenceExperts
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "CudaGroupedExperts",
     "CudaMonolithicExperts",
     "NaiveBatchedExperts",
+    "NumbaCudaExperts",
     "NumpyReferenceExperts",
 ]

@@ -233,4 +233,6 @@ def test_select_says_why():
     given = to_device(selection(3, 32, 32, 3, 2, dtype=BF16).arguments())
     plan = pymoe.MoELayer(given["w1"], given["w2"], topk=2).plan(3)
     assert plan.experts == "CudaGroupedExperts" and plan.workspace_bytes > 0
-    assert {name for name, _ in plan.refused} == {"CudaBatchedExperts", "CudaMonolithicExperts"}
+    assert {name for name, _ in plan.refused} == {
+        "CudaBatchedExperts", "CudaMonolithicExperts", "NumbaCudaExperts",
+    }  # fmt: skip

@@ -50,7 +50,7 @@ def test_a_plan_is_frozen_and_shows_itself():
     assert len({plan(), plan(), plan(programmatic=True)}) == 2
     text = repr(plan(cluster=(2, 1, 1)))
     assert text == (
-        "LaunchPlan(kernel=KernelId(unit='common/probe.cu', expression='pymoe::probe_kernel<float>'), grid=(2, 1, 1), "
+        "LaunchPlan(kernel=KernelId('common/probe.cu', 'pymoe::probe_kernel<float>'), grid=(2, 1, 1), "
         "block=(128, 1, 1), shared_bytes=0, cluster=(2, 1, 1), programmatic=False)"
     )
     with pytest.raises(dataclasses.FrozenInstanceError):

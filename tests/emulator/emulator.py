@@ -70,6 +70,7 @@ def _compiled(kernel: KernelId):
 #include "cuda_shim.hpp"
 namespace pymoe {{ alignas(1024) unsigned char shared_memory[emulator::SHARED]; }}
 inline unsigned char* emulator::shared_bytes() {{ return pymoe::shared_memory; }}
+{kernel.prelude}
 #include "{kernel.unit}"
 extern "C" const char* signature() {{ return emulator::signature({kernel.expression}); }}
 extern "C" void launch(void** arguments, const int* grid, const int* block, int shared) {{

@@ -40,8 +40,8 @@ def activation(
         Written and returned; must not overlap `x`.
     out_dtype : dtype, optional
         Of the created result; None is the dtype of `x`.  Not together with `out`.
-    backend : {"numpy", "numba", "cuda"}, optional
-        None is the fastest there is, and "cuda" for CuPy arrays, which have no other; they agree to 4 ulp of float32.
+    backend : {"numpy", "numba", "cuda", "numba_cuda"}, optional
+        None is the fastest there is; CuPy arrays take the last two.  They agree to 4 ulp of float32.
 
     Returns
     -------
@@ -99,6 +99,10 @@ def activation(
 
 def _implementation(backend: str | None) -> Any:
     """Return the module that computes; Numba is loaded on first use only."""
+    if backend == "numba_cuda":
+        from pymoe.ops.activation import _numba_cuda
+
+        return _numba_cuda
     if not uses_numba("activation", backend):
         return _numpy
     from pymoe.ops.activation import _numba

@@ -33,8 +33,8 @@ def kernels(arch: str) -> tuple[KernelId, ...]:
 
 def activation(x: Array, config: ActivationConfig, out: Array | None, out_dtype: Any, backend: str | None) -> Array:
     """Do what `pymoe.ops.activation` says on CuPy arrays, on the current stream."""
-    if backend not in (None, "cuda"):
-        raise ArgumentError(complaint(_CALL, "backend", "be cuda or None for CuPy arrays", repr(backend)))
+    if backend not in (None, "cuda", "numba_cuda"):
+        raise ArgumentError(complaint(_CALL, "backend", "be cuda, numba_cuda or None for CuPy arrays", repr(backend)))
     if x.ndim != 2 or (config.is_gated and x.shape[1] % 2):
         rule = "be 2-D, with an even number of columns for a gated activation"
         raise ShapeError(complaint(_CALL, "x", rule, x.shape))
@@ -50,6 +50,11 @@ def activation(x: Array, config: ActivationConfig, out: Array | None, out_dtype:
             raise DTypeError(complaint(_CALL, name, "be float32, float16 or bfloat16", array.dtype))
     if cupy.may_share_memory(x, out):
         raise ArgumentError(complaint(_CALL, "out", "not overlap x", "overlapping memory"))
+    if backend == "numba_cuda":
+        from pymoe.ops.activation import _numba_cuda
+
+        _numba_cuda.activation(x, config, out)
+        return out
     fields = activation_fields(_CALL, config)
     if out.size:
         rows = out if out.flags.c_contiguous else cupy.empty(out.shape, out.dtype)

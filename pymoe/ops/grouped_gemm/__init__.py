@@ -56,8 +56,8 @@ def grouped_gemm(
         How `a` is quantized; None where it is floats.
     out : ndarray, (P, N) float32, C-contiguous, optional
         Written and returned.
-    backend : {"numpy", "numba", "cuda"}, optional
-        None is "numba" for NumPy arrays and "cuda" for CuPy arrays, which have no other.
+    backend : {"numpy", "numba", "cuda", "numba_cuda"}, optional
+        None is "numba" for NumPy arrays and "cuda" for CuPy arrays, which take "numba_cuda" too.
 
     Returns
     -------
@@ -79,6 +79,10 @@ def grouped_gemm(
     ------
     vLLM 0.33.0 ``fused_moe_kernel``; differs: no padding of rows, float32 result.
     """
+    if backend == "numba_cuda":
+        from pymoe.ops.grouped_gemm import _numba_cuda
+
+        return _numba_cuda.multiply_sorted(a, w, expert_offsets, gather, a_scale, a_key, out)
     if is_cuda(a):
         from pymoe.ops.grouped_gemm import _cuda
 

@@ -44,8 +44,8 @@ def permute(
         Local index of each global expert, -1 where it is not here; None means that ids are local.
     tile_rows : int
         Most rows of a tile in the work list of a `DeviceRowMap`; a `RowMap` has none.
-    backend : {"numpy", "numba"}, optional
-        None is the fastest there is; all give the same bits.  CuPy arrays have one backend.
+    backend : {"numpy", "numba", "numba_cuda"}, optional
+        None is the fastest there is; all give the same bits.  CuPy arrays take None or "numba_cuda".
 
     Returns
     -------
@@ -80,6 +80,11 @@ def permute(
     ([0, 1, 1, 3], [1, 0, 2], [[1, 0], [2, -1]])
     """
     topk_ids, E_local, expert_map = _routing("permute", topk_ids, E_local, expert_map)
+    if backend == "numba_cuda":
+        from pymoe.ops.permute import _numba_cuda
+
+        tile_rows = checks.integer("permute", "tile_rows", tile_rows, 1)
+        return _numba_cuda.permute_alone(topk_ids, E_local, expert_map, tile_rows)
     if is_cuda(topk_ids):
         uses_numba("permute", backend)  # refuses what is no backend at all
         from pymoe.ops.permute import _cuda

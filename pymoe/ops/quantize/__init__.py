@@ -190,7 +190,7 @@ def quantize_activations(
         other row is read or written.
     scale : ndarray, (1,), optional
         Static scale in place of the config's.
-    backend : {"numpy", "numba"}, optional
+    backend : {"numpy", "numba", "numba_cuda"}, optional
     empty : callable, optional
         On a device: ``empty(shape, dtype)`` gives every array, so that a captured call allocates nothing.
 
@@ -217,6 +217,10 @@ def quantize_activations(
     block = matrices.block_of(call, key, *x.shape)
     given = None if scale is None else arguments.grid(call, "scale", scale, key, (1, *x.shape), block)
     gscale = None if desc.gscale is None else arguments.global_scale(call, "gscale", desc.gscale, 1)
+    if backend == "numba_cuda":
+        from pymoe.ops.quantize import _numba_cuda
+
+        return _numba_cuda.quantize_alone(call, x, key, given, live)
     if is_cuda(x):
         from pymoe.ops.quantize import _cuda
 

@@ -43,8 +43,8 @@ def unpermute(
         Written and returned; must not overlap an input.
     out_dtype : dtype, optional
         Of the created result; None is the dtype of `rows`.  Not together with `out`.
-    backend : {"numpy", "numba"}, optional
-        None is the fastest there is; all give the same bits.
+    backend : {"numpy", "numba", "numba_cuda"}, optional
+        None is the fastest there is; all give the same bits.  CuPy arrays take None or "numba_cuda".
 
     Returns
     -------
@@ -76,7 +76,7 @@ def unpermute(
     rows = as_array(call, "rows", rows)
     checks.shape(call, "rows", rows, (None, None))
     checks.float_dtype(call, "rows", rows)
-    on_device = is_cuda(rows)
+    on_device = is_cuda(rows) or backend == "numba_cuda"
     if on_device == isinstance(row_map, RowMap):
         where = "on the device of rows" if on_device else "in host memory"
         raise ArgumentError(complaint(call, "row_map", f"be of permute {where}", type(row_map).__name__))
@@ -96,6 +96,9 @@ def unpermute(
         out = as_array(call, "out", out)
         checks.float_dtype(call, "out", out)
         checks.output(call, out, *shape, out.dtype, {"rows": rows, "topk_weights": topk_weights})
+    if backend == "numba_cuda":
+        implementation.unpermute(rows, row_map.slot_to_row, topk_weights, out)
+        return out
     if on_device:
         from pymoe.ops.unpermute import _cuda
 
@@ -108,6 +111,10 @@ def unpermute(
 
 def _implementation(backend: str | None) -> Any:
     """Return the module that computes; Numba is loaded on first use only."""
+    if backend == "numba_cuda":
+        from pymoe.ops.unpermute import _numba_cuda
+
+        return _numba_cuda
     if not uses_numba("unpermute", backend):
         return _numpy
     from pymoe.ops.unpermute import _numba

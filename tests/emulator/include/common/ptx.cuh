@@ -14,6 +14,17 @@ inline uint32 shared_address(const void* pointer) {
 inline uint32 dynamic_shared_bytes() { return emulator::dynamic_bytes; }
 inline const uint8* opaque(const uint8* address) { return address; }
 
+// As wrong as the instructions may be: in either direction, by the argument's own bits.
+inline float estimate(double exact, float x) {
+    const float nearest = float(exact);
+    if (!std::isfinite(nearest) || std::fabs(nearest) < 0x1p-126f) return std::isfinite(nearest) ? copysignf(0, nearest) : nearest;
+    const unsigned way = __float_as_uint(x) * 2654435761u >> 30;
+    return way == 0 ? nearest : way == 1 ? __uint_as_float(__float_as_uint(nearest) - 1) : way == 2 ? __uint_as_float(__float_as_uint(nearest) + 1) : nearest;
+}
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? copysignf(0, x) : x; }
+inline float rcp_approx(float x) { return estimate(1.0 / double(flushed(x)), x); }
+inline float rsqrt_approx(float x) { return estimate(1.0 / std::sqrt(double(flushed(x))), x); }
+
 // Copies arrive when they are waited for, not before: what is read too early is what was there.
 struct Copy {
     unsigned char* to;
