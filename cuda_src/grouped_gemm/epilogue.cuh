@@ -43,15 +43,15 @@ __device__ __forceinline__ void store_four(const GemmArguments& p, int32 row, in
 // GEMM2, and every GEMM without activation.  A thread keeps its four columns and takes every so-manieth row.
 template <int kColumns, int kThreads>
 __device__ __forceinline__ void store_plain(const GemmArguments& p, const BlockTile& tile, const float* sums,
-                                            const int32* sources) {
+                                            const int32* sources, int32 thread) {
     constexpr int kQuads = kColumns / 4, kStep = kThreads / kQuads;
-    const int32 quad = threadIdx.x % kQuads, column = tile.column_tile * kColumns + 4 * quad;
+    const int32 quad = thread % kQuads, column = tile.column_tile * kColumns + 4 * quad;
     if (column >= p.width) return;
     ColumnTerms terms[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) terms[i] = column_terms(p, tile.expert, column + i);
-    for (int32 r = threadIdx.x / kQuads; r < tile.rows; r += kStep) {
-        const float scale = row_factor(p, sources[r]);
+    for (int32 r = thread / kQuads; r < tile.rows; r += kStep) {
+        const float scale = row_factor(p, sources ? sources[r] : 0);
         const float4 sum = *reinterpret_cast<const float4*>(sums + r * sums_pitch(kColumns) + 4 * quad);
         const float y[4] = {finish_sum(sum.x, scale, terms[0]), finish_sum(sum.y, scale, terms[1]),
                             finish_sum(sum.z, scale, terms[2]), finish_sum(sum.w, scale, terms[3])};
@@ -62,14 +62,14 @@ __device__ __forceinline__ void store_plain(const GemmArguments& p, const BlockT
 // GEMM1 with its activation.
 template <int kColumns, int kThreads>
 __device__ __forceinline__ void store_activated(const GemmArguments& p, const BlockTile& tile, const float* sums,
-                                                const int32* sources) {
+                                                const int32* sources, int32 thread) {
     const ActivationParameters act = p.activation;
     const bool gated = act.layout != GateLayout::kPlain;
     // Constants on both sides: division by a number known at run time only is long, and a call.
     constexpr int kHalf = kColumns / 8, kWhole = kColumns / 4;
     const int32 step = gated ? kThreads / kHalf : kThreads / kWhole;
-    const int32 quad = gated ? threadIdx.x % kHalf : threadIdx.x % kWhole;
-    const int32 first = gated ? threadIdx.x / kHalf : threadIdx.x / kWhole;
+    const int32 quad = gated ? thread % kHalf : thread % kWhole;
+    const int32 first = gated ? thread / kHalf : thread / kWhole;
     const int32 column = 4 * (tile.column_tile * (gated ? kHalf : kWhole) + quad);
     if (column >= p.width) return;
     const int32 stride = act.layout == GateLayout::kInterleaved ? 2 : 1;
@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_activated(const GemmArguments& p, const Bl
         up_terms[i] = column_terms(p, tile.expert, act.layout == GateLayout::kInterleaved ? n + 1 : n + p.width);
     }
     for (int32 r = first; r < tile.rows; r += step) {
-        const float scale = row_factor(p, sources[r]);
+        const float scale = row_factor(p, sources ? sources[r] : 0);
         const float* row = sums + r * sums_pitch(kColumns) + 4 * quad * stride;
         float g[4], u[4], y[4];
 #pragma unroll
@@ -95,14 +95,14 @@ __device__ __forceinline__ void store_activated(const GemmArguments& p, const Bl
     }
 }
 
-// `sources` is the row of `a` of each row of the tile.
+// `sources` is the row of `a` of each row of the tile, null where no scale depends on it; `thread` one of kThreads.
 template <int kColumns, int kThreads>
 __device__ __forceinline__ void store_tile(const GemmArguments& p, const BlockTile& tile, const float* sums,
-                                           const int32* sources) {
+                                           const int32* sources, int32 thread) {
     if (kOwnActivation || p.activated) {
-        store_activated<kColumns, kThreads>(p, tile, sums, sources);
+        store_activated<kColumns, kThreads>(p, tile, sums, sources, thread);
     } else {
-        store_plain<kColumns, kThreads>(p, tile, sums, sources);
+        store_plain<kColumns, kThreads>(p, tile, sums, sources, thread);
     }
 }
 

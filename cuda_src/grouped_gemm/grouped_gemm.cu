@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(
     float* sums = reinterpret_cast<float*>(shared_memory);
     spread_sums<I>(sums, totals);
     __syncthreads();
-    store_tile<I::kColumns, I::kThreads>(p, rows.tile, sums, rows.sources);
+    store_tile<I::kColumns, I::kThreads>(p, rows.tile, sums, rows.sources, threadIdx.x);
 }
 
 }  // namespace pymoe

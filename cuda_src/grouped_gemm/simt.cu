@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kSimtThreads, 1) grouped_gemm_simt_kernel(cons
             shared[(row + i) * sums_pitch(kSimtColumns) + column + j] =
                 blocks ? sums.total[i][j] : sums.take(i, j, integers);
     __syncthreads();
-    store_tile<kSimtColumns, kSimtThreads>(p, tile, shared, sources);
+    store_tile<kSimtColumns, kSimtThreads>(p, tile, shared, sources, threadIdx.x);
 }
 
 }  // namespace pymoe

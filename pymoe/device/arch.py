@@ -8,7 +8,16 @@ from typing import NamedTuple
 from pymoe.device import toolkit
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
 
-__all__ = ["ARCHS", "MAX_THREADS", "Limits", "arch_of", "current_arch", "limits", "number_of"]
+__all__ = [
+    "ARCHS",
+    "MAX_THREADS",
+    "Limits",
+    "arch_of",
+    "current_arch",
+    "current_multiprocessors",
+    "limits",
+    "number_of",
+]
 
 MAX_THREADS = 1024
 """Threads of one block, on every architecture."""
@@ -76,6 +85,20 @@ def _device_arch(device: int) -> str:
 
     capability = Device(device).compute_capability
     return arch_of(int(capability[:-1]), int(capability[-1]))
+
+
+def current_multiprocessors() -> int:
+    """Return the number of multiprocessors of CuPy's current device."""
+    from cupy.cuda import runtime
+
+    return _device_multiprocessors(runtime.getDevice())
+
+
+@lru_cache(maxsize=64)
+def _device_multiprocessors(device: int) -> int:
+    from cupy.cuda import Device
+
+    return int(Device(device).attributes["MultiProcessorCount"])
 
 
 def limits(arch: str) -> Limits:

@@ -71,6 +71,10 @@ class Recorder:
         finally:
             _thread.recorder = None
 
+    def holds(self, address: int) -> bool:
+        """Return whether an address lies in one of the caller's arrays: what is made of it holds for this call only."""
+        return any(start <= address < stop for start, stop in self._ranges)
+
     def refuse(self) -> None:
         """Say that something was queued that a tape cannot repeat."""
         self._playable = False

@@ -8,7 +8,10 @@ from pymoe.device.jit import KernelId
 from tests.compile.facts import Facts
 
 GEMM = "grouped_gemm/grouped_gemm.cu"
-"""The unit of the tensor-core GEMM: the only one whose instructions are prescribed."""
+"""The unit of the tensor-core GEMM."""
+
+SM90 = "grouped_gemm/sm90.cu"
+"""The unit of the GEMM for sm_90a; no other unit's instructions are prescribed."""
 
 MAY_SPILL: dict[str, str] = {}
 """Expression prefix -> why this kernel may keep registers in memory."""
@@ -22,7 +25,7 @@ def wants_sass(kernel: KernelId) -> bool:
 
     Which instructions multiply and load follows from the formats, not from the tile: one tile class stands for all.
     """
-    return kernel.unit == GEMM and (tile_rows(kernel) in (None, 64))
+    return kernel.unit == SM90 or (kernel.unit == GEMM and tile_rows(kernel) in (None, 64))
 
 
 def tile_rows(kernel: KernelId) -> int | None:
@@ -41,6 +44,8 @@ def faults(kernel: KernelId, arch: str, facts: Facts) -> list[str]:
         found.append(f"has a stack frame of {facts.stack_bytes} bytes")
     if kernel.unit == GEMM and facts.opcodes is not None:
         found += gemm_faults(kernel, arch, facts)
+    if kernel.unit == SM90 and facts.opcodes is not None:
+        found += sm90_faults(facts)
     return [f"{kernel.expression} on {arch}: {fault}" for fault in found]
 
 
@@ -55,6 +60,17 @@ def gemm_faults(kernel: KernelId, arch: str, facts: Facts) -> list[str]:
         found.append(f"multiplies with another instruction than {wanted}")
     if not facts.wide_loads:
         found.append("loads nothing from global memory 16 bytes at a time")
+    if facts.count("STL", "LDL"):
+        found.append("keeps registers in local memory")
+    return found
+
+
+def sm90_faults(facts: Facts) -> list[str]:
+    """Return what is wrong with the instructions of a GEMM for sm_90a."""
+    wanted = {"HGMMA": "multiplies", "UTMALDG": "copies tiles", "USETMAXREG": "shares out registers"}
+    found = [f"{what} without {name}" for name, what in wanted.items() if not facts.count(name)]
+    if facts.count("HMMA"):
+        found.append("multiplies with another instruction than HGMMA")
     if facts.count("STL", "LDL"):
         found.append("keeps registers in local memory")
     return found

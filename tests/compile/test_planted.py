@@ -18,6 +18,8 @@ BF16 = KernelId(rules.GEMM, "pymoe::grouped_gemm_kernel<pymoe::Format::kBF16, py
 FP8 = BF16._replace(expression=BF16.expression.replace("BF16", "E4M3"))
 INT8 = BF16._replace(expression=BF16.expression.replace("BF16", "S8"))
 
+SM90 = KernelId(rules.SM90, "pymoe::grouped_gemm_sm90_kernel<pymoe::Format::kBF16>")
+
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
@@ -85,6 +87,15 @@ def test_the_wrong_tensor_cores(planted, kernel, arch, wanted):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 def test_fp8_is_decoded_where_mma_sync_has_none(planted, arch):
     assert planted("tensor", arch, FP8, "<true>") == []
+
+
+def test_the_portable_path_where_sm90a_has_its_own(planted):
+    assert has(
+        planted("tensor", judged_as=SM90, arguments="<true>"),
+        "multiplies without HGMMA", "copies tiles without UTMALDG", "shares out registers without USETMAXREG",
+        "multiplies with another instruction than HGMMA",
+    )  # fmt: skip
+    assert has(planted("stack", judged_as=SM90), "keeps registers in local memory")
 
 
 @pytest.mark.parametrize("unit", ["setmaxnreg", "serialized"])

@@ -90,3 +90,9 @@ def test_playing_writes_addresses_and_launches_in_order(monkeypatch):
     ]
     assert launches[0].words.tolist() == [0x1000, SCRATCH.data.ptr]
     assert launches[1].words.tolist() == [SCRATCH.data.ptr, 0x2000]
+
+
+def test_which_addresses_are_the_callers():
+    recorder = Recorder([X, OUT])
+    held = [recorder.holds(array.data.ptr + offset) for array in (X, OUT, SCRATCH) for offset in (-1, 0, 63, 64)]
+    assert held == [False, True, True, False] * 2 + [False] * 4

@@ -20,8 +20,10 @@ from pymoe.device.enumerators import FORMATS, NO_ACTIVATION, SCALES, activation_
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
 from pymoe.device.parameters import address
+from pymoe.device.tape import current_recorder
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
 from pymoe.ops.grouped_gemm import _cuda_arguments as arguments
+from pymoe.ops.grouped_gemm import _sm90
 from pymoe.ops.grouped_gemm._cuda_instances import Instance, Operands, all_instances, choose, choose_tile_rows
 from pymoe.quantization import QuantKey
 
@@ -148,10 +150,11 @@ def grouped_gemm(
     fields = NO_ACTIVATION if activation is None else activation_fields(_CALL, activation)
     halves = activation is not None and fields[1] == _HALVES
     uniform = w.block[0] % 64 == 0 and (not halves or width % 64 == 0)
-    instance = choose(operands._replace(uniform=uniform), rows.tile_rows, archs.current_arch())
+    a, codes = _aligned(a), _aligned(w.codes)
+    found = operands._replace(uniform=uniform, scattered=_is_scattered(a, gather))
+    instance = choose(found, rows.tile_rows, archs.current_arch())
     # A tile of gate and up halves has half as many columns of the answer.
     column_tiles = -(-(2 * width if halves else N) // instance.columns)
-    a, codes = _aligned(a), _aligned(w.codes)
     sizes = arguments.Sizes(
         operands.K, N, width, rows.tiles.shape[0], column_tiles, gather_div,
         *_group_sizes(w, operands, a_key), _stores_four(out, width), int(activation is not None), *a_fields,
@@ -162,8 +165,17 @@ def grouped_gemm(
         address(a), address(codes), address(out), address(rows.tiles), address(rows.tile_count), _pointer(gather),
         _pointer(a_scale), _pointer(w.group_scale), _pointer(w.row_scale), _pointer(w.bias), _pointer(w.zp),
     )  # fmt: skip
-    _plan(instance, sizes.capacity * column_tiles)(arguments.pack(pointers, sizes, fields))
+    if instance.maps_weights:
+        _sm90.launch(instance, pointers, sizes, fields, (a.shape[0], E))
+    else:
+        _plan(instance, sizes.capacity * column_tiles)(arguments.pack(pointers, sizes, fields))
     return out
+
+
+def _is_scattered(a: Array, gather: Array | None) -> bool:
+    """Return whether rows of `a` are to be found one by one: they lie apart, or a tape will find them elsewhere."""
+    recorder = current_recorder()
+    return gather is not None or (recorder is not None and recorder.holds(address(a)))
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ import numpy as np
 
 from pymoe.device.enumerators import ActivationFields
 
-__all__ = ["ROW_SCALES", "Pointers", "Sizes", "pack"]
+__all__ = ["NBYTES", "ROW_SCALES", "Pointers", "Sizes", "pack"]
 
 ROW_SCALES = {"none": 0, "one": 1, "row": 2, "group": 3}
 """`RowScale` of ``grouped_gemm/arguments.cuh``."""
@@ -57,7 +57,8 @@ class Sizes(NamedTuple):
 
 
 _LAYOUT = struct.Struct("<11Q10if11i5f4x")
-_VOID = np.dtype(f"V{_LAYOUT.size}")
+NBYTES = _LAYOUT.size
+_VOID = np.dtype(f"V{NBYTES}")
 
 
 def pack(pointers: Pointers, sizes: Sizes, activation: ActivationFields) -> Any:

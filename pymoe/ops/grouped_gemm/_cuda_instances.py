@@ -11,7 +11,17 @@ from typing import NamedTuple
 from pymoe.device.arch import limits
 from pymoe.device.jit import KernelId
 
-__all__ = ["BITS", "TILE_ROWS", "Instance", "Operands", "all_instances", "choose", "choose_tile_rows"]
+__all__ = [
+    "BITS",
+    "SM90_BOX_ROWS",
+    "SM90_DEPTH",
+    "TILE_ROWS",
+    "Instance",
+    "Operands",
+    "all_instances",
+    "choose",
+    "choose_tile_rows",
+]
 
 TILE_ROWS = (16, 64, 128)
 """Rows of a tile, one of which a work list is made for."""
@@ -23,6 +33,13 @@ _SHARED_BYTES = 103 * 1024
 """Of a block at most: two of them fit the 228 KB of an sm_90."""
 _FOUR_STAGES = 84 * 1024
 """Of a block that has four stages; larger ones have three, so that more blocks fit."""
+SM90_DEPTH = 64
+"""Columns of a stage of the kernel for sm_90a, 128 bytes."""
+SM90_BOX_ROWS = 64
+"""Rows of activations that one tensor copy brings."""
+_SM90_TILE_ROWS, _SM90_STAGES = 128, 4
+_SM90_LONG = 8192
+"""K from which the end of a tile is short beside its sums, so that the wider tile of two warpgroups pays."""
 _MOST_COLUMNS = 1 << 22
 """K up to which the tensor-core kernels find the group of a column by a float32 product."""
 
@@ -31,7 +48,8 @@ class Operands(NamedTuple):
     """What decides which kernel can multiply: formats, K, and where scales change along k.
 
     `group` is 0 where no scale does; `a_groups` says whether activations have such scales too; `scale` is their format
-    (F32, E8M0 or E4M3) on the weights' side; `uniform` whether any 64 neighbouring columns of a tile share them.
+    (F32, E8M0 or E4M3) on the weights' side; `uniform` whether any 64 neighbouring columns of a tile share them;
+    `scattered` whether rows of `a` may lie apart.
     """
 
     a: str
@@ -41,6 +59,7 @@ class Operands(NamedTuple):
     a_groups: bool = False
     scale: str = "F32"
     uniform: bool = False
+    scattered: bool = True
 
 
 class Instance(NamedTuple):
@@ -53,6 +72,10 @@ class Instance(NamedTuple):
     shared_bytes: int
     native: bool
     """Whether tensor cores multiply the codes themselves, or floats as they are."""
+    maps_weights: bool = False
+    """Whether it walks all tiles with one block a multiprocessor, and takes a tensor map of the weights."""
+    maps_rows: bool = False
+    """Whether it takes one of the rows of `a` as well, which then are in one piece."""
 
 
 class _Pair(NamedTuple):
@@ -105,6 +128,8 @@ def choose(operands: Operands, tile_rows: int, arch: str) -> Instance:
     whole = all(operands.K * BITS[side] % 128 == 0 for side in (operands.a, operands.b))
     if pair is None or not whole or operands.K > _MOST_COLUMNS:
         return _simt(operands.a == operands.b == "F32", tile_rows)
+    if arch == "sm_90a" and tile_rows > 16 and pair.a == pair.b and pair.a in _FLOATS:
+        return _sm90(pair.a, operands.scattered, operands.K < _SM90_LONG)
     return _tensor(pair, tile_rows, limits(arch).shared_bytes, arch)
 
 
@@ -113,7 +138,10 @@ def all_instances(arch: str) -> tuple[Instance, ...]:
     shared = limits(arch).shared_bytes
     tensor = [_tensor(pair, rows, shared, arch) for pair in _PAIRS for rows in TILE_ROWS]
     simt = [_simt(plain, rows) for plain in (False, True) for rows in TILE_ROWS]
-    return (*tensor, *simt)
+    if arch != "sm_90a":
+        return (*tensor, *simt)
+    sm90 = [_sm90(a, scattered, turns) for a in _FLOATS for scattered in (False, True) for turns in (False, True)]
+    return (*tensor, *simt, *sm90)
 
 
 def _pair(operands: Operands) -> _Pair | None:
@@ -140,6 +168,19 @@ def _pair(operands: Operands) -> _Pair | None:
 def _simt(plain: bool, rows: int) -> Instance:
     kernel = KernelId("grouped_gemm/simt.cu", f"pymoe::grouped_gemm_simt_kernel<{str(not plain).lower()}, {rows}>")
     return Instance(kernel, rows, 64, 256, 0, plain)
+
+
+@lru_cache(maxsize=16)
+def _sm90(a: str, scattered: bool, turns: bool) -> Instance:
+    """Return the kernel of ``grouped_gemm/sm90.cu`` whose warpgroups take turns, or multiply one tile together."""
+    columns, slice_columns = (192, 64) if turns else (256, 32)
+    arguments = f"pymoe::Format::k{a}, {str(scattered).lower()}, {str(turns).lower()}"
+    stage = (_SM90_TILE_ROWS + columns) * 2 * SM90_DEPTH + 16
+    answers, rows = 8 * 16 * 4 * (slice_columns + 8), 8 * 528 * scattered
+    return Instance(
+        KernelId("grouped_gemm/sm90.cu", f"pymoe::grouped_gemm_sm90_kernel<{arguments}>"), _SM90_TILE_ROWS, columns,
+        384, _SM90_STAGES * stage + answers + rows, True, True, not scattered,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
