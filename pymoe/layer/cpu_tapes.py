@@ -137,7 +137,8 @@ class CpuTapes:
 
     def _key(self, arrays: tuple[Array | None, ...], out: Array | None) -> Any:
         """Return what decides the kernels of a call, or None where a tape would not do."""
-        x, logits, _, ids = arrays
+        x: Any = arrays[0]
+        _, logits, _, ids = arrays
         layer = self._layer
         if ids is not None or is_checked():
             return None
