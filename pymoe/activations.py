@@ -9,12 +9,16 @@ import enum
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
+from pymoe.formula import Program, read_function
+from pymoe.formula.source import where
 
-__all__ = ["ActivationConfig", "MoEActivation", "RegisteredActivation", "find_activation", "register_activation"]
+__all__ = ["ActivationConfig", "MoEActivation", "RegisteredActivation", "find_activation", "register_activation",
+           "registered_activations"]  # fmt: skip
 
 
 class MoEActivation(enum.Enum):
@@ -72,11 +76,15 @@ _WITHOUT_MUL = {
 
 @dataclass(frozen=True)
 class RegisteredActivation:
-    """A user's activation: ``fn(gate, up)`` of float32 scalars if gated, else ``fn(x)``."""
+    """A user's activation: ``fn(gate, up)`` of float32 scalars if gated, else ``fn(x)``.
+
+    Two of one name are equal if what they compute is, as `program` has it.
+    """
 
     name: str
-    fn: Callable[..., float]
-    is_gated: bool = True
+    fn: Callable[..., Any] = field(compare=False)
+    is_gated: bool
+    program: Program = field(repr=False)
     is_interleaved = False
 
     @property
@@ -89,43 +97,85 @@ Activation = MoEActivation | RegisteredActivation
 
 _registry: dict[str, RegisteredActivation] = {}
 _registry_lock = threading.Lock()
+_ALIASES = ("gelu_pytorch_tanh",)
 
 
-def register_activation(name: str, fn: Callable[..., float], gated: bool = True) -> RegisteredActivation:
+def register_activation(name: str, fn: Callable[..., Any], gated: bool = True) -> RegisteredActivation:
     """Register a Python function of float32 scalars as an activation called `name`.
+
+    It is read from its source text and translated for every backend; on CUDA it becomes part of GEMM1's epilogue.
+    Arithmetic, comparisons, conditional expressions, ``if``, local names, ``for`` over a known range, calls of other
+    such functions, and abs, min, max, pow, exp, expm1, log, log1p, tanh, sqrt, erf and floor are translated.
 
     Parameters
     ----------
     name : str
-        New name; not one of `MoEActivation`.  Registering a name again replaces the function for layers built later.
+        Not one of `MoEActivation`.  A name may be registered again for what computes the same, and for nothing else.
     fn : callable
-        ``fn(gate, up) -> float`` if `gated`, else ``fn(x) -> float``; must be compilable by Numba.
+        ``fn(gate, up) -> float`` if `gated`, else ``fn(x) -> float``.  Every operation is rounded to float32, literals
+        included.  Numbers that it uses from closures, globals, modules and defaults are taken as they are now.
     gated : bool
         Whether GEMM1 yields gate and up halves.
 
     Returns
     -------
     RegisteredActivation
-        May be passed wherever an activation is expected.
+        May be passed wherever an activation is expected, as may its name.
 
     Raises
     ------
     ArgumentError
-        `name` is empty or taken by a built-in activation.
+        `name` is empty, taken by a built-in activation or by another function; or `fn` cannot be translated: the
+        message names the file and the line.  Nothing has been registered.
     DTypeError
-        `name` is no string, or `fn` is not callable.
+        `name` is no string, `fn` is not callable, or `gated` is not a bool.
+
+    Notes
+    -----
+    All backends do the same float32 operations, so that they give the same bits; ``docs/own_activation`` has the rules.
+    May be called from any thread.
+
+    Examples
+    --------
+    >>> import math
+    >>> import numpy as np
+    >>> from pymoe.ops import activation
+    >>> def reglu(gate, up):
+    ...     return max(gate, 0.0) * up
+    >>> mine = register_activation("reglu", reglu)
+    >>> activation(np.array([[-1.0, 2.0, 3.0, 5.0]], "f4"), "reglu").tolist()
+    [[0.0, 10.0]]
     """
     call = "register_activation"
     if not isinstance(name, str):
         raise DTypeError(complaint(call, "name", "be a string", type(name).__name__))
-    if not name or name == "gelu_pytorch_tanh" or any(member.value == name for member in MoEActivation):
-        raise ArgumentError(complaint(call, "name", "be new and not empty", repr(name)))
+    if not name or name != name.strip():
+        raise ArgumentError(complaint(call, "name", "be a word", repr(name)))
+    if name in _ALIASES or any(member.value == name for member in MoEActivation):
+        raise ArgumentError(complaint(call, "name", "be new", f"{name!r}, which is built in"))
     if not callable(fn):
         raise DTypeError(complaint(call, "fn", "be callable", type(fn).__name__))
-    registered = RegisteredActivation(name, fn, bool(gated))
+    if not isinstance(gated, bool):
+        raise DTypeError(complaint(call, "gated", "be True or False", repr(gated)))
+    program = read_function(call, fn, 2 if gated else 1)
+    registered = RegisteredActivation(name, fn, gated, program)
     with _registry_lock:
-        _registry[name] = registered
-    return registered
+        known = _registry.setdefault(name, registered)
+    if known != registered:
+        rule = "be new, or be registered again for what computes the same"
+        raise ArgumentError(complaint(call, "name", rule, f"{name!r} of {described(known)}", "Choose another name"))
+    return known
+
+
+def registered_activations() -> tuple[RegisteredActivation, ...]:
+    """Return every registered activation, by name."""
+    with _registry_lock:
+        return tuple(_registry[name] for name in sorted(_registry))
+
+
+def described(activation: RegisteredActivation) -> str:
+    """Return a registered activation as its function, with the file and line where that stands."""
+    return f"{getattr(activation.fn, '__name__', activation.fn)} at {where(activation.fn)}"
 
 
 def find_activation(call: str, activation: object) -> Activation:
@@ -143,12 +193,13 @@ def find_activation(call: str, activation: object) -> Activation:
     if not isinstance(activation, str):
         rule = "be a MoEActivation, its string, a registered name or an ActivationConfig"
         raise DTypeError(complaint(call, "activation", rule, type(activation).__name__))
-    if activation in _registry:
-        return _registry[activation]
+    registered = _registry.get(activation)
+    if registered is not None:
+        return registered
     try:
         return MoEActivation.from_str(activation)
     except ArgumentError:
-        valid = ", ".join([*(member.value for member in MoEActivation), *sorted(_registry)])
+        valid = ", ".join([*(member.value for member in MoEActivation), *(r.name for r in registered_activations())])
         raise ArgumentError(complaint(call, "activation", f"be one of {valid}", repr(activation))) from None
 
 

@@ -10,6 +10,7 @@ import sys
 
 from pymoe import environment
 from pymoe._version import __version__
+from pymoe.activations import registered_activations
 
 __all__ = ["cpu_features", "installation", "processor", "show_config"]
 
@@ -33,6 +34,7 @@ def installation() -> dict[str, str]:
         found[name] = _version(name, (name,))
     for name, distributions in _OPTIONAL.items():
         found[name] = _version(name, distributions)
+    found["own activations"] = ", ".join(own.name for own in registered_activations()) or "none registered"
     return found
 
 

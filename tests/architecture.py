@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 FLOORS = {
-    "errors": 0, "_version": 0, "activations": 0.5, "quantization": 0.5, "config": 1,
+    "errors": 0, "_version": 0, "formula": 0.25, "activations": 0.5, "quantization": 0.5, "config": 1,
     "contracts": 2, "checks": 2, "environment": 2, "codec": 2, "device": 2, "tokens": 2, "installation": 2.5,
     "ops": 3, "comm": 3, "ep_model": 3, "weight_and_reduce": 4, "prepare_finalize": 5, "experts": 5, "kernel": 6,
     "select": 7, "functional": 8, "checkpoint": 8, "dense": 7.5, "layer": 9, "catalogue": 9, "bench": 10, "cli": 10,

@@ -16,7 +16,7 @@ __global__ void activation_kernel(const void* x, void* y, int64 rows, int32 widt
         const int64 row = i / width, gate = row * columns + (i - row * width) * step;
         const float g = read_element(x, gate, x_format);
         const float u = gated ? read_element(x, gate + up, x_format) : 0.0f;
-        write_element(y, i, y_format, activate(g, u, p));
+        write_element(y, i, y_format, activate_one(g, u, p));
     }
 }
 

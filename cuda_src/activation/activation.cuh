@@ -97,6 +97,14 @@ __device__ __forceinline__ float activate_apart(float g, float u, const Activati
     return activate_apart(g, u, p.kind, p.limit, p.situ_beta, p.situ_linear_beta);
 }
 
+__device__ __forceinline__ float activate_one(float g, float u, const ActivationParameters& p) {
+#ifdef PYMOE_OWN_ACTIVATION
+    return own_activation(g, u);
+#else
+    return activate(g, u, p);
+#endif
+}
+
 // Four elements of an epilogue.
 __device__ __forceinline__ void activate_four(const float (&g)[4], const float (&u)[4], const ActivationParameters& p,
                                               float (&y)[4]) {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
-from pymoe.errors import UnsupportedError, complaint
+from pymoe.activations import ActivationConfig, MoEActivation
 
 __all__ = ["FORMATS", "NO_ACTIVATION", "SCALES", "ActivationFields", "activation_fields"]
 
@@ -35,27 +34,18 @@ ActivationFields = tuple[int, int, float, float, float, float, float]
 NO_ACTIVATION: ActivationFields = (0, 0, math.inf, 1.0, 0.0, 1.0, 0.0)
 
 
-def activation_fields(call: str, config: ActivationConfig) -> ActivationFields:
-    """Return the parameters of an activation as device code takes them.
-
-    Raises
-    ------
-    UnsupportedError
-        A registered activation: it is Python, and these kernels are compiled beforehand.
-    """
+def activation_fields(config: ActivationConfig) -> ActivationFields:
+    """Return the parameters of an activation as device code takes them; of a user's only the layout counts."""
     kind = config.activation
-    if isinstance(kind, RegisteredActivation) or not isinstance(kind, MoEActivation):
-        remedy = "Use NumPy arrays"
-        name = getattr(kind, "name", kind)
-        raise UnsupportedError(complaint(call, "activation", "be a MoEActivation on CUDA", name, remedy))
     p = config.resolved()
 
     def number(name: str, otherwise: float) -> float:
         value = p[name]
         return otherwise if value is None else float(value)
 
+    member = _KINDS[kind] if isinstance(kind, MoEActivation) else 0
     layout = 2 if config.is_interleaved else 1 if config.is_gated else 0
     return (
-        _KINDS[kind], layout, number("clamp_limit", math.inf), number("alpha", 1.0), number("beta", 0.0),
+        member, layout, number("clamp_limit", math.inf), number("alpha", 1.0), number("beta", 0.0),
         number("situ_beta", 1.0), number("situ_linear_beta", 0.0),
     )  # fmt: skip

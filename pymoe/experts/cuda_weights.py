@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pymoe import checks
-from pymoe.activations import ActivationConfig, MoEActivation
+from pymoe.activations import ActivationConfig
 from pymoe.codec.weights import WeightOperand
 from pymoe.config import FusedMoEParallelConfig
 from pymoe.contracts.experts import Activation
@@ -26,7 +26,7 @@ Empty = Callable[..., Array]
 
 
 class CudaAbilities:
-    """Every built-in activation, pair of schemes and shape; expert maps too."""
+    """Every activation, pair of schemes and shape; expert maps too."""
 
     def supports_expert_map(self) -> bool:
         return True
@@ -45,7 +45,7 @@ class CudaAbilities:
 
     @staticmethod
     def _supports_activation(activation: Activation) -> bool:
-        return isinstance(activation, MoEActivation)
+        return True
 
     @staticmethod
     def _supports_quant_scheme(weight_key: QuantKey | None, activation_key: QuantKey | None) -> bool:

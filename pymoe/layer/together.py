@@ -46,10 +46,11 @@ def built_together(init: Method) -> Method:
             init(layer, *args, **options)
             values = {"topk": layer.topk, "K": layer.K, "I": layer.I, "gate": int(layer.gate is not None)}
             key, routing = layer.quant_config.weight_key, layer.routing
+            own = layer.activation.activation  # ranks may have registered different functions by one name
             method = f"{routing.method.name} renormalize={routing.renormalize} {routing.scoring_func}"
             names = {
                 "w1": f"{'as given' if key is None else key.name} {layer._w1.dtype}{' on CUDA' * is_cuda(layer._w1)}",
-                "activation": str(layer.activation.activation.value),
+                "activation": f"{own.value} {own.program.digest[:16] if hasattr(own, 'program') else ''}".rstrip(),
                 "routing": f"{method} {routing.num_expert_group} {routing.topk_group}",
             }
             agree("MoELayer", layer._ranks, values, names)

@@ -6,6 +6,7 @@ Most of it runs on the GPU and, without one, on the kernels that g++ has compile
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from pymoe.activations import ActivationConfig, register_activation
 from pymoe.codec.weights import WeightOperand
-from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from pymoe.errors import ArgumentError, DTypeError, ShapeError
 from pymoe.ops import activation as activate
 from pymoe.ops import grouped_gemm
 from tests.ops import devices
@@ -317,11 +318,47 @@ def test_bad_arguments_are_named(device, change, kind, text):
     assert text in str(caught.value)
 
 
-def test_registered_activations_are_refused(device):
-    operand = WeightOperand.unquantized(np.zeros((2, 6, 9), np.float32))
-    mine = ActivationConfig(register_activation("test_cuda_registered", lambda g, u: g * u))
-    with pytest.raises(UnsupportedError, match="activation must be a MoEActivation on CUDA"):
-        multiply(device, np.zeros((4, 9), np.float32), operand, [0, 1, 4], act=mine)
+def own_gate(gate, up):
+    return gate / (1.0 + math.exp(-1.5 * gate)) * (up - 0.25)
+
+
+def own_curve(x):
+    return max(x, 0.0) ** 2 - math.tanh(x)
+
+
+OWN = {
+    "gated": register_activation("test_gemm_gate", own_gate),
+    "plain": register_activation("test_gemm_curve", own_curve, gated=False),
+}
+FEW = ("fp8_w8a16", "int8_w8a8_block")
+"""Pairs that g++ compiles for the next test; a GPU runs all."""
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_own_activations_in_the_epilogue(device, scheme, kind):
+    """The bits of the activation of the sums, which the same GEMM gives without it."""
+    if device == "emulated" and scheme not in FEW:
+        pytest.skip("a GPU runs every pair; few stand for all where each takes seconds to compile")
+    codes, scale, key, operand, _, _, offsets = problem(scheme, "whole", BF16)
+    given = {} if scale is None else {"a_scale": scale, "a_key": key}
+    act = ActivationConfig(OWN[kind])
+    for rows in TILE_ROWS[:1] if device == "emulated" else TILE_ROWS:
+        sums = multiply(device, codes, operand, offsets, tile_rows=rows, **given)
+        expected = activate(sums, act, backend="numpy")
+        for dtype in (np.float32, BF16):
+            got = multiply(device, codes, operand, offsets, tile_rows=rows, act=act, out_dtype=dtype, **given)
+            np.testing.assert_array_equal(bits(got), bits(expected.astype(dtype)))
+
+
+def test_own_activations_where_nothing_is_aligned(device):
+    rng = np.random.default_rng(8)
+    operand = WeightOperand.unquantized(rng.standard_normal((3, 34, 9)).astype(np.float32))
+    a = rng.standard_normal((21, 9)).astype(np.float32)
+    sums = multiply(device, a, operand, [0, 4, 4, 21])
+    for own in OWN.values():
+        got = multiply(device, a, operand, [0, 4, 4, 21], act=ActivationConfig(own))
+        np.testing.assert_array_equal(bits(got), bits(activate(sums, own, backend="numpy")))
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from pymoe.device.arrays import BFLOAT16, namespace
 from pymoe.device.enumerators import FORMATS, activation_fields
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
+from pymoe.device.own_activation import with_activation
 from pymoe.device.parameters import struct
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
 
@@ -55,19 +56,19 @@ def activation(x: Array, config: ActivationConfig, out: Array | None, out_dtype:
 
         _numba_cuda.activation(x, config, out)
         return out
-    fields = activation_fields(_CALL, config)
+    fields = activation_fields(config)
     if out.size:
         rows = out if out.flags.c_contiguous else cupy.empty(out.shape, out.dtype)
-        launch(cupy.ascontiguousarray(x), rows, fields)
+        launch(cupy.ascontiguousarray(x), rows, fields, with_activation(_KERNEL, config))
         if rows is not out:
             out[...] = rows
     return out
 
 
-def launch(x: Array, out: Array, fields: Any) -> None:
+def launch(x: Array, out: Array, fields: Any, kernel: KernelId) -> None:
     """Compute all rows of contiguous arrays."""
     blocks = min(-(-out.size // _THREADS), _BLOCKS)
     integers = (out.shape[1], FORMATS[_FLOATS[x.dtype]], FORMATS[_FLOATS[out.dtype]])
     parameters = struct(*(np.int32(number) for number in fields[:2]), *(np.float32(number) for number in fields[2:]))
-    plan = LaunchPlan(_KERNEL, (blocks, 1, 1), (_THREADS, 1, 1))
+    plan = LaunchPlan(kernel, (blocks, 1, 1), (_THREADS, 1, 1))
     plan(x, out, np.int64(out.shape[0]), *(np.int32(number) for number in integers), parameters)

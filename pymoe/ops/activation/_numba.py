@@ -7,9 +7,7 @@ definition's float32 in all but about one case in 10**5, and then to its neighbo
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,8 @@ from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivat
 from pymoe.device.arrays import BFLOAT16, as_float32
 from pymoe.device.numba_cpu import jit
 from pymoe.device.threads import refuse_recording, run_blocks
-from pymoe.errors import KernelCompileError, complaint
-from pymoe.ops.activation import _numpy
+from pymoe.ops.activation import _numba_formula, _numpy
+from pymoe.ops.activation._numba_formula import round_row
 
 Array = Any
 
@@ -76,16 +74,12 @@ def activation(x: Array, config: ActivationConfig, out: Array) -> None:
     x = as_float32(x)
     narrow = out.dtype == BFLOAT16 and out.flags.c_contiguous
     grain = max(1, _BLOCK_ELEMENTS // max(1, out.shape[1]))
-    if narrow and not isinstance(config.activation, RegisteredActivation):
-        kernel, parameters = _kernel(config)
+    kernel, parameters = _kernel(config)
+    if narrow:
         run_blocks(kernel, len(x), x, _NO_FLOATS, out.view(np.uint16), *parameters, grain=grain)
         return
     y = out if out.dtype == np.float32 and out.flags.c_contiguous else np.empty(out.shape, np.float32)
-    if isinstance(config.activation, RegisteredActivation):
-        run_blocks(_compiled(config.activation.fn, config.is_gated), len(x), x, y, grain=grain)
-    else:
-        kernel, parameters = _kernel(config)
-        run_blocks(kernel, len(x), x, y, _NO_BITS, *parameters, grain=grain)
+    run_blocks(kernel, len(x), x, y, _NO_BITS, *parameters, grain=grain)
     if y is not out:
         refuse_recording()
         with np.errstate(all="ignore"):
@@ -98,6 +92,8 @@ _NO_FLOATS, _NO_BITS = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint16)
 
 def _kernel(config: ActivationConfig) -> tuple[Any, tuple[Any, ...]]:
     """Return the kernel of an activation and its numbers."""
+    if isinstance(config.activation, RegisteredActivation):
+        return _numba_formula.rows(config.activation.program, config.is_gated), ()
     if not config.is_gated:
         return _plain_rows, (_CODES[config.activation],)
     parameters = config.resolved()
@@ -191,17 +187,6 @@ def _situ(g, u, b, linear):
 
 
 @jit
-def _round_row(line, bits):
-    """Round a float32 row to bfloat16, ties to even; NaN stays a quiet NaN."""
-    wide: Any = line.view(np.uint32)
-    for i in range(wide.size):
-        b = np.uint32(wide[i])
-        rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        quiet = (b >> np.uint32(16)) | np.uint32(0x40)
-        bits[i] = quiet if b & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000) else rounded
-
-
-@jit
 def _swiglu_rows(start, stop, x, y, bits, limit, minus_alpha, beta):
     I, narrow = x.shape[1] // 2, bits.size > 0  # noqa: E741  the project's symbol
     row = np.empty(I, np.float32)
@@ -210,7 +195,7 @@ def _swiglu_rows(start, stop, x, y, bits, limit, minus_alpha, beta):
         for i in range(I):
             line[i] = _swiglu(gate[i], up[i], limit, minus_alpha, beta)
         if narrow:
-            _round_row(line, bits[r])
+            round_row(line, bits[r])
 
 
 @jit
@@ -222,7 +207,7 @@ def _swiglu_pairs(start, stop, x, y, bits, limit, minus_alpha, beta):
         for i in range(len(line)):
             line[i] = _swiglu(pairs[2 * i], pairs[2 * i + 1], limit, minus_alpha, beta)
         if narrow:
-            _round_row(line, bits[r])
+            round_row(line, bits[r])
 
 
 @jit
@@ -245,7 +230,7 @@ def _gated_rows(start, stop, x, y, bits, code, limit, b, linear):
             for i in range(I):
                 line[i] = _situ(gate[i], up[i], b, linear)
         if narrow:
-            _round_row(line, bits[r])
+            round_row(line, bits[r])
 
 
 @jit
@@ -268,38 +253,4 @@ def _plain_rows(start, stop, x, y, bits, code):
                 positive = _ZERO if row[i] < _ZERO else row[i]
                 line[i] = positive * positive
         if narrow:
-            _round_row(line, bits[r])
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(fn: Callable[..., float], gated: bool) -> Any:
-    """Return the kernel of a user's function.
-
-    Never cached on disk: Numba's cache does not see what else the function refers to.
-    """
-    import numba
-
-    njit = numba.njit(nogil=True, error_model="numpy")
-    try:
-        formula = fn if isinstance(fn, numba.core.dispatcher.Dispatcher) else njit(fn)
-
-        @njit
-        def gated_rows(start, stop, x, y):
-            I = y.shape[1]  # noqa: E741
-            for r in range(start, stop):
-                for i in range(I):
-                    y[r, i] = formula(x[r, i], x[r, I + i])
-
-        @njit
-        def plain_rows(start, stop, x, y):
-            for r in range(start, stop):
-                for i in range(y.shape[1]):
-                    y[r, i] = formula(x[r, i])
-
-        kernel = gated_rows if gated else plain_rows
-        kernel.compile("void(intp, intp, float32[:, ::1], float32[:, ::1])")
-    except (numba.core.errors.NumbaError, TypeError) as error:
-        rule = "be compilable by Numba for float32 scalars"
-        remedy = "The NumPy backend takes any Python function"
-        raise KernelCompileError(complaint("activation", "config.activation", rule, repr(fn), remedy)) from error
-    return kernel
+            round_row(line, bits[r])

@@ -5,6 +5,7 @@ exp, tanh and erfc take a float32 and give the float32 nearest to the true value
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
+from pymoe.formula import Program, spell
 
 Array = Any
 
@@ -99,6 +101,53 @@ def _situ(gate: Array, up: Array, beta: float, linear_beta: float | None) -> Arr
 
 
 def _call(kind: RegisteredActivation, *arguments: Array) -> Array:
-    """Apply a user's function to float32 scalars, element by element."""
-    scalars = zip(*(a.reshape(-1) for a in arguments), strict=True)
-    return np.array([kind.fn(*s) for s in scalars], np.float32).reshape(arguments[0].shape)
+    """Apply a user's function to arrays of its arguments."""
+    y = _evaluator(kind.program)(*arguments)
+    return np.broadcast_to(y, arguments[0].shape)
+
+
+_WORDS = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "np.divide({0}, {1})", "neg": "-{0}",
+    "fma": "fma({0}, {1}, {2})", "abs": "np.abs({0})", "sqrt": "np.sqrt({0})", "floor": "np.floor({0})",
+    "power_of_two": "power_of_two({0})", "exponent": "exponent({0})", "mantissa": "mantissa({0})", "lt": "{0} < {1}",
+    "le": "{0} <= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}", "and": "{0} & {1}", "or": "{0} | {1}",
+    "not": "np.logical_not({0})", "select": "np.where({0}, {1}, {2})",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluator(program: Program) -> Callable[..., Array]:
+    """Return a function of float32 arrays that does the operations of a program, each on whole arrays."""
+    lines = spell(program, _WORDS, lambda number: f"f32({number!r})", "    {name} = {value}")
+    arguments = ", ".join(f"a{i}" for i in range(program.arity))
+    text = "\n".join([f"def formula({arguments}):", *lines, f"    return t{len(lines) - 1}"])
+    names = {"np": np, "f32": np.float32, "inf": math.inf, "nan": math.nan, "fma": _fma,
+             "power_of_two": _power_of_two, "exponent": _exponent, "mantissa": _mantissa}  # fmt: skip
+    exec(text, names)  # our own words around a checked program: no text of the user's is in it
+    formula: Any = names["formula"]
+    return formula
+
+
+def _fma(a: Array, b: Array, c: Array) -> Array:
+    """Return ``a * b + c`` rounded once: the product is exact in float64, its sum there is rounded to odd."""
+    product, addend = np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64)
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)  # what the sum has lost
+    even = (total.view(np.int64) & 1) == 0
+    towards = np.where(np.isfinite(error) & (error != 0) & even, np.where(error > 0, np.inf, -np.inf), total)
+    return np.nextafter(total, towards).astype(np.float32)
+
+
+def _power_of_two(n: Array) -> Array:
+    bits = np.asarray(n + np.float32(12582912.0)).view(np.uint32)
+    return ((bits << np.uint32(23)) + np.uint32(0x3F800000)).view(np.float32)
+
+
+def _exponent(x: Array) -> Array:
+    return (np.asarray(x).view(np.uint32) >> np.uint32(23)).astype(np.float32) - np.float32(127)
+
+
+def _mantissa(x: Array) -> Array:
+    bits = np.asarray(x).view(np.uint32)
+    return ((bits & np.uint32(0x007FFFFF)) | np.uint32(0x3F800000)).view(np.float32)

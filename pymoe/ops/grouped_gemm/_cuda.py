@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pymoe.activations import ActivationConfig
+from pymoe.activations import ActivationConfig, RegisteredActivation
 from pymoe.codec.weights import WeightOperand
 from pymoe.device import arch as archs
 from pymoe.device.arrays import BFLOAT16, namespace
 from pymoe.device.enumerators import FORMATS, NO_ACTIVATION, SCALES, activation_fields
 from pymoe.device.jit import KernelId
 from pymoe.device.launch import LaunchPlan
+from pymoe.device.own_activation import with_activation
 from pymoe.device.parameters import address
 from pymoe.device.tape import current_recorder
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
@@ -147,7 +148,7 @@ def grouped_gemm(
     _check_output(out, width, w, (E, N))
     if out.shape[0] == 0 or width == 0 or rows.tiles.shape[0] == 0 or E == 0:
         return out
-    fields = NO_ACTIVATION if activation is None else activation_fields(_CALL, activation)
+    fields = NO_ACTIVATION if activation is None else activation_fields(activation)
     halves = activation is not None and fields[1] == _HALVES
     uniform = w.block[0] % 64 == 0 and (not halves or width % 64 == 0)
     a, codes = _aligned(a), _aligned(w.codes)
@@ -165,6 +166,8 @@ def grouped_gemm(
         address(a), address(codes), address(out), address(rows.tiles), address(rows.tile_count), _pointer(gather),
         _pointer(a_scale), _pointer(w.group_scale), _pointer(w.row_scale), _pointer(w.bias), _pointer(w.zp),
     )  # fmt: skip
+    if activation is not None and isinstance(activation.activation, RegisteredActivation):
+        instance = instance._replace(kernel=with_activation(instance.kernel, activation))
     if instance.maps_weights:
         _sm90.launch(instance, pointers, sizes, fields, (a.shape[0], E))
     else:
