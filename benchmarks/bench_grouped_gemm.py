@@ -26,6 +26,7 @@ from pymoe.codec.fp8 import encode_e4m3
 from pymoe.codec.weights import WeightOperand
 from pymoe.device.jit import compile_all
 from pymoe.ops.grouped_gemm import _cuda
+from pymoe.ops.permute._cuda import scatter_rows
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHAPES = {  # E, topk, K, I
@@ -33,6 +34,7 @@ SHAPES = {  # E, topk, K, I
     "mixtral": (8, 2, 4096, 14336),
     "dsv3": (32, 8, 7168, 2048),
     "gpt-oss": (128, 4, 2880, 2880),
+    "dense": (1, 1, 8192, 8192),  # with 8192 tokens GEMM2 is 8192^3, as libraries are measured
 }
 SCHEMES = ("bf16", "fp8_channel", "fp8_block", "int8_channel", "int4", "mxfp4", "fp8_w8a16")
 BYTES = {"bf16": 2.0, "int4": 0.5 + 4 / 128, "mxfp4": 0.5 + 1 / 32}
@@ -136,6 +138,7 @@ class Routing(NamedTuple):
 
     offsets: Any
     gather: Any
+    slot_to_row: Any
     distinct: int
 
 
@@ -155,7 +158,8 @@ def draw(E, topk, M, count):
         counts = np.bincount(flat, minlength=E)
         offsets = np.r_[0, np.cumsum(counts)].astype(np.int32)
         order = np.argsort(flat, kind="stable").astype(np.int32)
-        found.append(Routing(cupy.asarray(offsets), cupy.asarray(order), int((counts > 0).sum())))
+        rows = np.argsort(order).astype(np.int32).reshape(M, topk)
+        found.append(Routing(*(cupy.asarray(x) for x in (offsets, order, rows)), int((counts > 0).sum())))
     return found
 
 
@@ -203,8 +207,17 @@ def measure(name, scheme, ops, M, tile_rows):
     x_scale, h_scale = scale(M, K), scale(P, I)
     h, y = cupy.empty((P, I), np.float32 if quantized else BF16), cupy.empty((P, K), np.float32)
     lists = [_cuda.list_tiles(routing.offsets, P, tile_rows) for routing in routings]
+    copied = _cuda.tile_rows_together(x, ops.w1, tile_rows) is not None
+    together = cupy.empty((P, K), x.dtype) if copied else None
 
     def first(i):
+        if copied:  # as the layer does
+
+            def call():
+                scatter_rows(x, routings[i].slot_to_row, together)
+                _cuda.grouped_gemm(together, ops.w1, lists[i], activation=SILU, out=h)
+
+            return call
         return lambda: _cuda.grouped_gemm(
             x, ops.w1, lists[i], gather=routings[i].gather, gather_div=topk, a_scale=x_scale, a_key=ops.a_key,
             activation=SILU, out=h,
@@ -219,7 +232,7 @@ def measure(name, scheme, ops, M, tile_rows):
     drawn = sum(routing.distinct for routing in routings) / len(routings)
     return {
         "shape": name, "scheme": scheme, "M": M, "tile_rows": tile_rows, "gemm1_us": gemm1, "gemm2_us": gemm2,
-        "both_us": both, "weight_GBps": drawn * 3 * K * I * bytes_each / both / 1e3,
+        "both_us": both, "copied": copied, "weight_GBps": drawn * 3 * K * I * bytes_each / both / 1e3,
         "TFLOPs": 6 * P * K * I / both / 1e6, "default": tile_rows == _cuda.choose_tile_rows(M, topk, E),
         "device": cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(),
     }  # fmt: skip

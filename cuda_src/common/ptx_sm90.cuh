@@ -53,13 +53,6 @@ __device__ __forceinline__ void cp_async_bulk_tensor(uint32 shared, const Tensor
         : "memory");
 }
 
-__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// What this thread stored to shared memory before, multiplies and tensor copies after it see.
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // A barrier of the block by its number, 1 to 15: `threads` of whole warps arrive, and those that wait go on together.
 __device__ __forceinline__ void barrier_wait(int32 number, int32 threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

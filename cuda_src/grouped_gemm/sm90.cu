@@ -1,8 +1,9 @@
 // Grouped GEMM of 16-bit floats on sm_90a: the sums of grouped_gemm.cu, by wgmma from a ring that copies fill by themselves.
 //
-// One block a multiprocessor takes one tile of kTileRows x kColumns after the other.  Warpgroup 0 fills the ring: weights
-// come by tensor copies, rows of activations that lie apart by cp.async, rows in one piece by tensor copies too.  The
-// other two multiply, in turns (a tile each, so that one stores while the other multiplies) or together (half a tile each).
+// One block a multiprocessor takes one tile of kTileRows x kColumns after the other.  A thread of warpgroup 0 fills the
+// ring by tensor copies.  The other two warpgroups multiply, in turns (a tile each, so that one stores while the other
+// multiplies) or together (half a tile each).  Rows of `a` are in one piece: cp.async by row number, tried in two forms,
+// kept 1.4 to 2 times longer at it than a copy of the rows takes beforehand.
 #include "common/ptx_sm90.cuh"
 #include "grouped_gemm/epilogue.cuh"
 
@@ -12,13 +13,13 @@ namespace pymoe {
 struct MappedArguments {
     GemmArguments gemm;
     TensorMap weights;  // (E, N, K), boxes of (1, kColumns / 2, kDepth)
-    TensorMap rows;     // (rows, K), boxes of (64, kDepth); unused where rows are gathered
+    TensorMap rows;     // (rows, K), boxes of (64, kDepth)
 };
 
-template <Format kFormat_, bool kGather_, bool kTurns_>
+template <Format kFormat_, bool kTurns_>
 struct Sm90Instance {
     static constexpr Format kFormat = kFormat_;
-    static constexpr bool kGather = kGather_, kTurns = kTurns_;
+    static constexpr bool kTurns = kTurns_;
     // As many columns as a warpgroup's registers hold sums of: two blocks of 64 rows by 192, or one by 256.
     static constexpr int kColumns = kTurns ? 192 : 256, kStages = 4;
     static constexpr int kTileRows = 128, kDepth = 64;          // a row of a stage is 128 bytes, the span of the swizzle
@@ -27,8 +28,7 @@ struct Sm90Instance {
     static constexpr int kStageBytes = kRowsBytes + kWeightsBytes;
     static constexpr int kSlice = kTurns ? 64 : 32;             // columns that a warp stores at a time
     static constexpr int kAnswersBytes = 8 * 4 * 16 * sums_pitch(kSlice);  // of eight warps
-    static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kAnswersBytes + (kGather ? 8 * 528 : 0);
-    static constexpr int kFillers = kGather ? 2 : 1;            // arrivals that fill a stage
+    static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kAnswersBytes;
     static constexpr int kReaders = kTurns ? 4 : 8;             // warps that empty one
     static constexpr int kFillRegisters = 40, kMultiplyRegisters = 232;
 };
@@ -68,7 +68,6 @@ struct Walk {
     // Read again for every tile: it lies in the first-level cache, and registers are for sums.
     static __device__ __forceinline__ int32 live_tiles(const GemmArguments& p) { return min(*p.tile_count, p.capacity); }
     __device__ __forceinline__ bool more(const GemmArguments& p) const { return block < live_tiles(p) * p.column_tiles; }
-    __device__ __forceinline__ void next() { block += gridDim.x; }
     __device__ __forceinline__ BlockTile tile(const GemmArguments& p) const {
         const int32 live = live_tiles(p);
         const int32 area = kTilesAtOnce * p.column_tiles, first = block / area * kTilesAtOnce, rest = block % area;
@@ -78,113 +77,26 @@ struct Walk {
     }
 };
 
-// Announces and starts the copies of a stage's weights: one thread.
+// All tiles of the block, by one thread.
 template <class I>
-__device__ __forceinline__ void fill_weights(const MappedArguments& p, const Stages<I>& ring, int32 slot,
-                                             const BlockTile& tile, int32 k, int32 rows_bytes) {
+__device__ __forceinline__ void fill_all(const MappedArguments& p, const Stages<I>& ring) {
     const bool halves = p.gemm.activated && p.gemm.activation.layout == GateLayout::kHalves;
-    const int32 n = tile.column_tile * (halves ? I::kColumns / 2 : I::kColumns);
-    const int32 second = n + (halves ? p.gemm.width : I::kColumns / 2);
-    ptx::mbarrier_arrive_expect_tx(ring.full(slot), I::kWeightsBytes + rows_bytes);
-    ptx::cp_async_bulk_tensor(ring.weights(slot), &p.weights, ring.full(slot), k, n, tile.expert);
-    ptx::cp_async_bulk_tensor(ring.weights(slot) + I::kWeightsBytes / 2, &p.weights, ring.full(slot), k, second,
-                              tile.expert);
-}
-
-// All tiles of the block, rows in one piece: one thread.
-template <class I>
-__device__ __forceinline__ void fill_mapped(const MappedArguments& p, const Stages<I>& ring) {
     Place<I> at;
-    for (Walk walk = {static_cast<int32>(blockIdx.x)}; walk.more(p.gemm); walk.next()) {
+    for (Walk walk = {static_cast<int32>(blockIdx.x)}; walk.more(p.gemm); walk.block += gridDim.x) {
         const BlockTile tile = walk.tile(p.gemm);
+        const int32 n = tile.column_tile * (halves ? I::kColumns / 2 : I::kColumns);
+        const int32 second = n + (halves ? p.gemm.width : I::kColumns / 2);
         const bool both = tile.rows > 64;
-        for (int32 k = 0; k < p.gemm.K; k += I::kDepth) {
+        for (int32 k = 0; k < p.gemm.K; k += I::kDepth, at.next()) {
+            const uint32 full = ring.full(at.slot), rows = ring.rows(at.slot), weights = ring.weights(at.slot);
             ptx::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);
-            fill_weights(p, ring, at.slot, tile, k, both ? I::kRowsBytes : I::kRowsBytes / 2);
-            ptx::cp_async_bulk_tensor(ring.rows(at.slot), &p.rows, ring.full(at.slot), k, tile.first_row);
+            ptx::mbarrier_arrive_expect_tx(full, I::kWeightsBytes + (both ? I::kRowsBytes : I::kRowsBytes / 2));
+            ptx::cp_async_bulk_tensor(weights, &p.weights, full, k, n, tile.expert);
+            ptx::cp_async_bulk_tensor(weights + I::kWeightsBytes / 2, &p.weights, full, k, second, tile.expert);
+            ptx::cp_async_bulk_tensor(rows, &p.rows, full, k, tile.first_row);
             if (both)
-                ptx::cp_async_bulk_tensor(ring.rows(at.slot) + I::kRowsBytes / 2, &p.rows, ring.full(at.slot), k,
-                                          tile.first_row + 64);
-            at.next();
+                ptx::cp_async_bulk_tensor(rows + I::kRowsBytes / 2, &p.rows, full, k, tile.first_row + 64);
         }
-    }
-}
-
-// What a warp that gathers has to know of a tile, in shared memory: its registers are few.
-struct GatheredTile {
-    static constexpr uint32 kNone = ~0u;
-
-    uint4 starts[4][8];  // of row 16 j + 4 i + l of the tile: number i of starts[l][j], in 16 bytes of a; kNone: no row
-    BlockTile tile;
-
-    __device__ __forceinline__ void load(const GemmArguments& p, const Walk& walk) {
-        const BlockTile found = walk.tile(p);
-        const int32 lane = threadIdx.x % 32;
-        uint32* line = reinterpret_cast<uint32*>(starts[lane % 4]);
-#pragma unroll 1
-        for (int32 r = lane; r < 128; r += 32) {
-            const bool there = r < found.rows;
-            line[r / 4] = there ? static_cast<uint32>(source_row(p, found.first_row + r)) * (p.K / 8) : kNone;
-        }
-        if (lane == 0) tile = found;
-        __syncwarp();
-    }
-};
-
-// 32 rows of a stage, eight threads a row.  All row numbers are read first: a copy is an ordered access to memory, so
-// that the numbers of the next would have to wait for it.
-__device__ __forceinline__ void gather_rows(uint32 shared, const GatheredTile& tile, int32 part, const uint8* from,
-                                            bool inside) {
-    const int32 lane = threadIdx.x % 32, chunk = lane % 8, line = lane / 8;
-    const uint32 place = shared + line * 128 + ((chunk ^ line) << 4);
-    const uint4 low = tile.starts[line][2 * part], high = tile.starts[line][2 * part + 1];
-    const uint32 starts[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        // Rows 4 to 7 of every eight change the chunks' places by 4 more.
-        if (starts[i] != GatheredTile::kNone)
-            ptx::cp_async_16((place ^ (i % 2) << 6) + i * 512, from + static_cast<uint64>(starts[i]) * 16, inside);
-    }
-}
-
-// All tiles of the block, rows by number: each of four warps fills every fourth stage by itself, so that it may wait for
-// its copies while the others start theirs, and prepares the next tile in time.
-template <class I>
-__device__ __forceinline__ void fill_gathered(const MappedArguments& p, const Stages<I>& ring, GatheredTile* tiles) {
-    static_assert(I::kStages == 4, "a warp for each stage");
-    const int32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int32 steps = (p.gemm.K + I::kDepth - 1) / I::kDepth;
-    uint32 parity = 1;
-    int32 begun = 0, turn = 0;  // stages of the tiles before
-    Walk walk = {static_cast<int32>(blockIdx.x)};
-    if (walk.more(p.gemm)) tiles[0].load(p.gemm, walk);
-    while (walk.more(p.gemm)) {
-        const GatheredTile& now = tiles[turn];
-        walk.next();
-        bool prepared = !walk.more(p.gemm);
-#pragma unroll 1
-        for (int32 s = (warp - begun) & 3; s < steps; s += 4) {
-            const int32 k = s * I::kDepth + 8 * (lane % 8);
-            const bool inside = k < p.gemm.K;
-            const uint8* from = ptx::opaque(static_cast<const uint8*>(p.gemm.a) + (inside ? 2 * k : 0));
-            ptx::mbarrier_wait(ring.empty(warp), parity);
-            parity ^= 1;
-            if (lane == 0) fill_weights(p, ring, warp, now.tile, s * I::kDepth, 0);
-            __syncwarp();
-#pragma unroll 1
-            for (int32 part = 0; 32 * part < now.tile.rows; ++part)
-                gather_rows(ring.rows(warp) + part * 4096, now, part, from, inside);
-            ptx::cp_async_commit();
-            ptx::cp_async_wait<0>();
-            ptx::fence_proxy_async();
-            __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(ring.full(warp));
-            if (!prepared) tiles[turn ^ 1].load(p.gemm, walk);
-            prepared = true;
-        }
-        if (!prepared) tiles[turn ^ 1].load(p.gemm, walk);
-        begun += steps;
-        turn ^= 1;
     }
 }
 
@@ -304,15 +216,15 @@ __device__ __forceinline__ void multiply_all(const GemmArguments& p, const Stage
     }
 }
 
-template <Format kFormat, bool kGather, bool kTurns>
+template <Format kFormat, bool kTurns>
 __global__ void __launch_bounds__(384, 1) grouped_gemm_sm90_kernel(const __grid_constant__ MappedArguments p) {
-    using I = Sm90Instance<kFormat, kGather, kTurns>;
+    using I = Sm90Instance<kFormat, kTurns>;
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     const Stages<I> ring = {ptx::shared_address(shared_memory)};
     if (ptx::dynamic_shared_bytes() < I::kSharedBytes || ring.base % 1024 != 0) __trap();
     if (threadIdx.x == 0) {
         for (int32 s = 0; s < I::kStages; ++s) {
-            ptx::mbarrier_init(ring.full(s), I::kFillers);
+            ptx::mbarrier_init(ring.full(s), 1);
             ptx::mbarrier_init(ring.empty(s), I::kReaders);
         }
         ptx::fence_mbarrier_init();
@@ -321,13 +233,7 @@ __global__ void __launch_bounds__(384, 1) grouped_gemm_sm90_kernel(const __grid_
     const int32 warpgroup = threadIdx.x / 128;
     if (warpgroup == 0) {
         ptx::setmaxnreg_dec<I::kFillRegisters>();
-        if constexpr (kGather) {
-            static_assert(sizeof(GatheredTile) == 528, "two a warp in shared memory");
-            uint8* tiles = shared_memory + I::kStages * (I::kStageBytes + 16) + I::kAnswersBytes;
-            fill_gathered<I>(p, ring, reinterpret_cast<GatheredTile*>(tiles) + threadIdx.x / 32 * 2);
-        } else if (threadIdx.x == 0) {
-            fill_mapped<I>(p, ring);
-        }
+        if (threadIdx.x == 0) fill_all<I>(p, ring);
     } else {
         ptx::setmaxnreg_inc<I::kMultiplyRegisters>();
         float* answers = reinterpret_cast<float*>(shared_memory + I::kStages * I::kStageBytes) +

@@ -25,8 +25,8 @@ _TILE_ROWS = 64
 class CudaBatchedExperts(CudaAbilities, FusedMoEExpertsModular):
     """Experts on slabs (E_local, rows, K) of which the first ``expert_num_tokens[e]`` rows are valid.
 
-    Routed rows leave in float32, unweighed and unsummed; finalize sums them in slot order.  Rows that are not valid are
-    neither read nor written.
+    Routed rows leave in float32, unweighed and unsummed; finalize sums them in slot order.  Rows that are not valid
+    reach no result and are not written.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

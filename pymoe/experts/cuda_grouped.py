@@ -117,15 +117,21 @@ def grouped_experts(
     M, topk = routing.topk_ids.shape
     E_local, K = weights.w2.codes.shape[:2]
     tile_rows = gemm.choose_tile_rows(M, topk, E_local, routing.num_experts)
-    row_map = sort.permute(routing.topk_ids, E_local, routing.expert_map, tile_rows, empty=rows.empty)
+    rows_together = gemm.tile_rows_together(a, weights.w1, tile_rows)
+    row_map = sort.permute(routing.topk_ids, E_local, routing.expert_map, rows_together or tile_rows, empty=rows.empty)
     routed = rows.empty((M * topk, K), np.dtype("float32"))
+    source: dict[str, Any] = {"gather": row_map.row_to_slot, "gather_div": topk}
+    if rows_together is not None:
+        # In the memory of the routed rows: GEMM2, which writes them, follows GEMM1, which reads these.
+        together = routed.reshape(-1).view(a.dtype)[: routed.size].reshape(routed.shape)
+        sort.scatter_rows(a, row_map.slot_to_row, together)
+        a, source = together, {}
     weights.routed_rows(
         a,
         a_scale,
         row_map,
         routed,
-        gather=row_map.row_to_slot,
-        gather_div=topk,
+        **source,
         live_rows=None if weights.quant_config.activation_key is None else row_map.expert_offsets[E_local:],
         empty=intermediate.empty,
     )
@@ -133,7 +139,7 @@ def grouped_experts(
 
 
 def row_bytes(M: int, K: int, topk: int, E_local: int, num_experts: int) -> int:
-    """Return the bytes of the row map and the routed rows of M tokens."""
+    """Return the most bytes of the row map and the routed rows of M tokens: larger tiles take fewer."""
     from pymoe.ops.grouped_gemm import _cuda_instances as gemm
     from pymoe.ops.permute import _cuda as sort
 

@@ -74,6 +74,22 @@ def test_the_exact_oracle(M, K, width, number, topk, dtype):
         np.testing.assert_array_equal(y, given.expected())
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("fill", [0xFF, 0x7F])
+def test_rows_that_are_copied_together_first(monkeypatch, mapped, fill):
+    """As for sm_90a: in the memory of the routed rows, in a workspace of the same size, with the same bits."""
+    from pymoe.ops.grouped_gemm import _cuda as gemm
+
+    given = selection(40, 64, 32, 5, 3, dtype=BF16, mapped=mapped)
+    config = FusedMoEConfig(5, 3, 64, 32, given.w1.shape[0], in_dtype=given.x.dtype, device="cuda")
+    operands = (given.x, given.w1, given.w2, given.topk_weights, given.topk_ids, given.expert_map)
+    asked = []
+    monkeypatch.setattr(gemm, "tile_rows_together", lambda a, w, tile_rows: asked.append(tile_rows) or 128)
+    y = run(config, FUSED_MOE_UNQUANTIZED_CONFIG, *operands, fill=fill)
+    np.testing.assert_array_equal(y, given.expected())
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("scheme", ["fp32", "fp8_w8a8_block", "int8_w8a8_tensor", "mxfp4_w4a16"])
 def test_slabs_equal_rows(scheme):
     """Each expert's tokens in a slab of its own give GEMM2's rows of the standard format, and touch no other row."""

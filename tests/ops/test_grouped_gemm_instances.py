@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-
+import ml_dtypes
+import numpy as np
 import pytest
 
 from pymoe.device.arch import ARCHS
@@ -32,7 +32,6 @@ PAIRS = {
     Operands("E4M3", "E2M1", 2880, 32, True, "E8M0"): "E4M3, E2M1, Blocks, 32",
     Operands("E2M1", "E2M1", 2880, 16, True, "E4M3"): "E2M1, E2M1, Blocks, 16",
 }
-OWN_PATH = ("BF16, BF16, None, 32", "FP16, FP16, None, 32")
 ELSEWHERE = [
     Operands("F32", "F32", 2048),
     Operands("F32", "BF16", 2048),
@@ -57,23 +56,38 @@ def test_every_pair_has_its_kernel_in_every_tile(arch):
     for operands, expected in PAIRS.items():
         for rows in TILE_ROWS:
             instance = choose(operands, rows, arch)
-            assert instance in known
-            if arch != "sm_90a" or rows == 16 or expected not in OWN_PATH:
-                assert f"<{expected}, {rows}, " in formats(instance)
+            assert f"<{expected}, {rows}, " in formats(instance) and instance in known
 
 
-@pytest.mark.parametrize("expected", OWN_PATH)
+@pytest.mark.parametrize("a", ["BF16", "FP16"])
 @pytest.mark.parametrize("rows", [64, 128])
-def test_sm90a_multiplies_16_bit_floats_its_own_way(expected, rows):
-    """Rows in one piece come by a tensor map, rows that lie apart without; a list for few rows stays portable."""
-    a = expected.split(",")[0]
-    for scattered, K in itertools.product((True, False), (2048, 14336)):
-        instance = choose(Operands(a, a, K, scattered=scattered), rows, "sm_90a")
-        numbers = f"{scattered}, {K == 2048}".lower()
-        assert formats(instance) == f"pymoe::grouped_gemm_sm90_kernel<{a}, {numbers}>"
-        assert instance.maps_weights and instance.maps_rows != scattered and instance in all_instances("sm_90a")
-    assert not choose(Operands(a, a, 2048), 16, "sm_90a").maps_weights
-    assert not any(choose(Operands(a, a, 2048), rows, arch).maps_weights for arch in ARCHS if arch != "sm_90a")
+def test_sm90a_multiplies_16_bit_floats_in_one_piece_its_own_way(a, rows):
+    """Long sums in wider tiles; rows that lie apart, and lists for few rows, go the portable way."""
+    for K in (8, 2048, 8184, 8192, 14336):
+        instance = choose(Operands(a, a, K, scattered=False), rows, "sm_90a")
+        assert formats(instance) == f"pymoe::grouped_gemm_sm90_kernel<{a}, {str(K < 8192).lower()}>"
+        assert instance.mapped and instance in all_instances("sm_90a")
+    known = Operands(a, a, 2048, scattered=False)
+    others = [choose(known, rows, arch) for arch in ARCHS if arch != "sm_90a"]
+    others += [choose(known, 16, "sm_90a"), choose(known._replace(scattered=True), rows, "sm_90a")]
+    assert not any(instance.mapped for instance in others)
+
+
+def test_which_rows_are_copied_together(monkeypatch):
+    from pymoe.codec.weights import WeightOperand
+    from pymoe.ops.grouped_gemm import _cuda
+
+    def asked(arch, dtype, weights, tile_rows, K=64):
+        monkeypatch.setattr(_cuda.archs, "current_arch", lambda: arch)
+        operand = WeightOperand.unquantized(np.zeros((1, 8, K), weights))
+        return _cuda.tile_rows_together(np.zeros((1, K), dtype), operand, tile_rows)
+
+    bf16 = ml_dtypes.bfloat16
+    assert [asked("sm_90a", bf16, bf16, rows) for rows in TILE_ROWS] == [None, 128, 128]
+    assert asked("sm_90a", np.float16, np.float16, 128) == 128
+    assert asked("sm_90a", np.float16, bf16, 128) is asked("sm_90a", np.float32, np.float32, 128) is None
+    assert asked("sm_90a", bf16, bf16, 128, K=60) is asked("sm_100a", bf16, bf16, 128) is None
+    assert asked("sm_90a", np.uint8, bf16, 128) is None  # codes
 
 
 @pytest.mark.parametrize("operands", ELSEWHERE)
@@ -90,7 +104,7 @@ def test_everything_else_is_multiplied_without_tensor_cores(operands):
 def test_blocks_fit_their_architecture(arch):
     for instance in all_instances(arch):
         assert instance.shared_bytes <= ARCHS[arch].shared_bytes
-        own = instance.maps_weights
+        own = instance.mapped
         assert instance.threads == 384 if own else instance.threads <= 256
         assert instance.rows in TILE_ROWS and instance.columns in ((192, 256) if own else (64, 128))
 

@@ -28,7 +28,16 @@ from pymoe.ops.grouped_gemm import _sm90
 from pymoe.ops.grouped_gemm._cuda_instances import Instance, Operands, all_instances, choose, choose_tile_rows
 from pymoe.quantization import QuantKey
 
-__all__ = ["TileList", "choose_tile_rows", "grouped_gemm", "kernels", "list_tiles", "multiply_sorted", "tile_capacity"]
+__all__ = [
+    "TileList",
+    "choose_tile_rows",
+    "grouped_gemm",
+    "kernels",
+    "list_tiles",
+    "multiply_sorted",
+    "tile_capacity",
+    "tile_rows_together",
+]
 
 Array = Any
 
@@ -56,6 +65,18 @@ def kernels(arch: str) -> tuple[KernelId, ...]:
 def tile_capacity(rows: int, experts: int, tile_rows: int) -> int:
     """Return the length of the longest work list of `rows` rows of `experts` experts."""
     return min(rows, experts) + rows // tile_rows
+
+
+def tile_rows_together(a: Array, w: WeightOperand, tile_rows: int) -> int | None:
+    """Return the rows of a tile for rows of `a` copied together first, None where they better stay apart.
+
+    The kernel of sm_90a takes rows in one piece only, and is so much faster that the copy pays.
+    """
+    if w.key is not None or a.dtype not in _FLOATS or w.codes.dtype not in _FLOATS:
+        return None
+    operands = Operands(_FLOATS[a.dtype], _FLOATS[w.codes.dtype], w.K, scattered=False)
+    instance = choose(operands, tile_rows, archs.current_arch())
+    return instance.rows if instance.mapped else None
 
 
 def list_tiles(expert_offsets: Array, rows: int, tile_rows: int) -> TileList:
@@ -168,7 +189,7 @@ def grouped_gemm(
     )  # fmt: skip
     if activation is not None and isinstance(activation.activation, RegisteredActivation):
         instance = instance._replace(kernel=with_activation(instance.kernel, activation))
-    if instance.maps_weights:
+    if instance.mapped:
         _sm90.launch(instance, pointers, sizes, fields, (a.shape[0], E))
     else:
         _plan(instance, sizes.capacity * column_tiles)(arguments.pack(pointers, sizes, fields))

@@ -72,10 +72,8 @@ class Instance(NamedTuple):
     shared_bytes: int
     native: bool
     """Whether tensor cores multiply the codes themselves, or floats as they are."""
-    maps_weights: bool = False
-    """Whether it walks all tiles with one block a multiprocessor, and takes a tensor map of the weights."""
-    maps_rows: bool = False
-    """Whether it takes one of the rows of `a` as well, which then are in one piece."""
+    mapped: bool = False
+    """Whether it walks all tiles with one block a multiprocessor, and takes tensor maps of both operands."""
 
 
 class _Pair(NamedTuple):
@@ -128,8 +126,8 @@ def choose(operands: Operands, tile_rows: int, arch: str) -> Instance:
     whole = all(operands.K * BITS[side] % 128 == 0 for side in (operands.a, operands.b))
     if pair is None or not whole or operands.K > _MOST_COLUMNS:
         return _simt(operands.a == operands.b == "F32", tile_rows)
-    if arch == "sm_90a" and tile_rows > 16 and pair.a == pair.b and pair.a in _FLOATS:
-        return _sm90(pair.a, operands.scattered, operands.K < _SM90_LONG)
+    if arch == "sm_90a" and tile_rows > 16 and not operands.scattered and pair.a == pair.b and pair.a in _FLOATS:
+        return _sm90(pair.a, operands.K < _SM90_LONG)
     return _tensor(pair, tile_rows, limits(arch).shared_bytes, arch)
 
 
@@ -140,7 +138,7 @@ def all_instances(arch: str) -> tuple[Instance, ...]:
     simt = [_simt(plain, rows) for plain in (False, True) for rows in TILE_ROWS]
     if arch != "sm_90a":
         return (*tensor, *simt)
-    sm90 = [_sm90(a, scattered, turns) for a in _FLOATS for scattered in (False, True) for turns in (False, True)]
+    sm90 = [_sm90(a, turns) for a in _FLOATS for turns in (False, True)]
     return (*tensor, *simt, *sm90)
 
 
@@ -171,16 +169,13 @@ def _simt(plain: bool, rows: int) -> Instance:
 
 
 @lru_cache(maxsize=16)
-def _sm90(a: str, scattered: bool, turns: bool) -> Instance:
+def _sm90(a: str, turns: bool) -> Instance:
     """Return the kernel of ``grouped_gemm/sm90.cu`` whose warpgroups take turns, or multiply one tile together."""
     columns, slice_columns = (192, 64) if turns else (256, 32)
-    arguments = f"pymoe::Format::k{a}, {str(scattered).lower()}, {str(turns).lower()}"
+    kernel = f"pymoe::grouped_gemm_sm90_kernel<pymoe::Format::k{a}, {str(turns).lower()}>"
     stage = (_SM90_TILE_ROWS + columns) * 2 * SM90_DEPTH + 16
-    answers, rows = 8 * 16 * 4 * (slice_columns + 8), 8 * 528 * scattered
-    return Instance(
-        KernelId("grouped_gemm/sm90.cu", f"pymoe::grouped_gemm_sm90_kernel<{arguments}>"), _SM90_TILE_ROWS, columns,
-        384, _SM90_STAGES * stage + answers + rows, True, True, not scattered,
-    )  # fmt: skip
+    shared = _SM90_STAGES * stage + 8 * 16 * 4 * (slice_columns + 8)
+    return Instance(KernelId("grouped_gemm/sm90.cu", kernel), _SM90_TILE_ROWS, columns, 384, shared, True, True)
 
 
 @lru_cache(maxsize=256)

@@ -30,9 +30,7 @@ def launch(
     """Queue one grouped GEMM; `lines` are the rows of `a` and the experts."""
     rows, experts = lines
     weights = tensor_map(pointers.b, 2, (experts, sizes.N, sizes.K), (1, instance.columns // 2, SM90_DEPTH))
-    mapped = bytes(MAP_BYTES)
-    if instance.maps_rows:
-        mapped = tensor_map(pointers.a, 2, (rows, sizes.K), (SM90_BOX_ROWS, SM90_DEPTH))
+    mapped = tensor_map(pointers.a, 2, (rows, sizes.K), (SM90_BOX_ROWS, SM90_DEPTH))
     packed = arguments.pack(pointers, sizes, activation).tobytes().ljust(_ARGUMENTS, b"\0") + weights + mapped
     blocks = min(sizes.capacity * sizes.column_tiles, archs.current_multiprocessors())
     _plan(instance, blocks)(np.frombuffer(packed, _VOID)[0])
