@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from pymoe.comm.mpi import TransportError
 from pymoe.comm.plan import Counts, rank_offsets
 from pymoe.comm.transports.base import DISPATCH, FlatTransport, Payload, Transfer, Transport
 from pymoe.comm.transports.staging import StagedTransport
-from pymoe.comm.waiting import Wait
+from pymoe.comm.waiting import MOVING_S, Wait
 from pymoe.device.arrays import is_cuda
 from pymoe.device.copies import Copies
 from pymoe.errors import CommError, complaint
@@ -31,6 +32,8 @@ from pymoe.errors import CommError, complaint
 Array = Any
 _NOTICE_S = 2.0
 """How long a rank that misses several others waits for one of them to say whom it is waiting for itself."""
+_LOOKS = 8
+"""Looks for rows between two for headers, which cost more and seldom say anything."""
 _LOST = 2
 _SENT = {"nothing": 0, "all": 1, "some": _LOST}
 """What a rank with an error says of its rows: none are under way, all are, or nobody can tell which."""
@@ -171,17 +174,21 @@ class Group:
 
     def arrive(self, transfer: Transfer, stage: str) -> None:
         """Wait until all rows of a transfer are here; stop early where a rank tells of an error."""
-        wait = Wait(self._seconds)
-        while missing := transfer.missing():
-            self._poll(stage)
-            if self._remaining and any(words_of.code_of(words) is not Code.FINE for words in self.control.seen()):
-                raise _SawAnError(f"{self._call}: another rank tells of an error {stage}")
+        wait = Wait(self._seconds, MOVING_S)
+        for look in itertools.count(1):
+            missing = transfer.missing()
+            if not missing:
+                return
+            if look % _LOOKS == 0:
+                self._poll(stage)
+                if self._remaining and any(words_of.code_of(words) is not Code.FINE for words in self.control.seen()):
+                    raise _SawAnError(f"{self._call}: another rank tells of an error {stage}")
             self._check_deadline(wait, missing, stage)
             wait.pause()
 
     def settle(self, transfer: Transfer, stage: str) -> None:
         """Wait until nothing that was sent needs this rank any more."""
-        wait = Wait(self._seconds)
+        wait = Wait(self._seconds, MOVING_S)
         while missing := transfer.unsettled():
             self._poll(stage)
             self._check_deadline(wait, missing, stage)

@@ -76,25 +76,17 @@ class Copies:
         current.wait_event(self._mark(self._out))
         current.wait_event(self._mark(self._into))
 
-    def upload(self, index: Array) -> Array:
-        """Return a host array on the device, for `gather` alone."""
+    def gather(self, rows: Array, order: np.ndarray) -> Array:
+        """Return ``rows[order]``, an array for copies that leave; `order` is the host's."""
         import cupy
 
+        # CuPy's pool keeps memory by stream, so an array of this one that is given up is used again in order.
         with self._out:
-            return cupy.asarray(index)
-
-    def gather(self, rows: Array, index: Array, out: Array | None = None) -> Array:
-        """Return ``rows[index]``, an array for other copies that leave, or written to `out`."""
-        import cupy
-
-        with self._out:
-            if out is None:
-                out = cupy.empty((len(index), rows.shape[1]), np.uint8)
+            out = cupy.empty((len(order), rows.shape[1]), np.uint8)
             if out.size:
-                # CuPy's pool keeps memory by stream, so an array that is given up here is used again in order.
                 fits = (item for item in _WORDS if _divides(np.dtype(item).itemsize, rows, out))
                 word = np.dtype(next(fits))
-                cupy.take(rows.view(word), index, axis=0, out=out.view(word))
+                cupy.take(rows.view(word), cupy.asarray(order), axis=0, out=out.view(word))
         return out
 
     def within(self, rows: Array, out: Array) -> None:

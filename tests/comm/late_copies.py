@@ -1,6 +1,6 @@
 """Copies of a device that does not exist: every one happens as late as it may, so that a missing wait is seen.
 
-A copy, a gather or an upload is queued; it runs when somebody waits for a mark behind it, or has asked often enough.
+A copy or a gather is queued; it runs when somebody waits for a mark behind it, or has asked often enough.
 Memory of the device is NumPy's too, filled with a byte that no row has, so that rows which were read too early differ.
 """
 
@@ -75,19 +75,13 @@ class LateCopies:
         self.out.run(led[0])
         self.into.run(led[1])
 
-    def upload(self, index):
+    def gather(self, rows, order):
         assert self.followed
-        landed = np.full(len(index), -1, np.int64)
-        self._copy(self.out, landed, np.array(index))
-        return landed
-
-    def gather(self, rows, index, out=None):
-        out = self.empty(len(index), rows.shape[1]) if out is None else out
-        self.check(out)
+        out, order = self.empty(len(order), rows.shape[1]), np.array(order)
+        self.check(out, rows)
 
         def work():
-            assert (index >= 0).all(), "the index is not there yet"
-            out[...] = rows[index]
+            out[...] = rows[order]
 
         self.out.put(work)
         return out

@@ -26,14 +26,19 @@ from pymoe.device.copies import Copies, Mark
 Array = Any
 MESSAGE_BYTES = 1 << 28
 """Most bytes of a message: some MPIs overflow internally above 2**31, and all pipeline a message of this size."""
-DEVICE_MESSAGE_BYTES = 1 << 20
-"""The same for rows of a device: one message travels while the next is copied from the device and the last to it."""
+DEVICE_MESSAGE_BYTES = 1 << 20, 1 << 22
+"""Least and most for rows of a device: one message travels while the next is copied from the device, the last to it."""
+_PIECES = 8
+"""Messages for the rows of one rank, within the limits: more cost more calls, fewer overlap less."""
 _TAGS = 16
+_LOOKS = 8
+"""How often MPI is asked before Python does anything else: some MPIs move bytes only while they are asked."""
 
 
 class Message(NamedTuple):
-    """Rows ``start:stop`` of payload `number`, to or from `rank`."""
+    """Rows ``start:stop`` of payload `number`, from `rank` where `comes`, else to it."""
 
+    comes: bool
     rank: int
     number: int
     start: int
@@ -47,8 +52,8 @@ class HostTransport(FlatTransport):
     ----------
     comm : mpi4py.MPI.Intracomm
         For pymoe alone.
-    message_bytes : int
-        Where to cut.
+    message_bytes : (int, int)
+        Least and most bytes of a message.
     allocate : callable, optional
         Returns memory of so many bytes: pinned memory, where rows of a device pass through it.
     """
@@ -58,7 +63,10 @@ class HostTransport(FlatTransport):
     takes_marks = True
 
     def __init__(
-        self, comm: Any, message_bytes: int = MESSAGE_BYTES, allocate: Callable[[int], Array] | None = None
+        self,
+        comm: Any,
+        message_bytes: tuple[int, int] = (MESSAGE_BYTES, MESSAGE_BYTES),
+        allocate: Callable[[int], Array] | None = None,
     ) -> None:
         self.comm = comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
@@ -82,11 +90,13 @@ class HostTransport(FlatTransport):
         """Return (n, width) bytes of host memory that is used again."""
         return self._arena.rows(key, n, width)
 
-    def messages(self, rank: int, number: int, start: int, stop: int, width: int) -> list[Message]:
-        """Return the messages that carry rows ``start:stop`` of `width` bytes."""
-        step = max(1, self.message_bytes // max(width, 1))
+    def messages(self, message: Message, width: int) -> list[Message]:
+        """Return `message`, with rows of `width` bytes, cut into those that carry it."""
+        start, stop = message.start, message.stop
+        least, most = self.message_bytes
+        step = max(1, min(max((stop - start) * width // _PIECES, least), most) // max(width, 1))
         cuts = range(start, stop, step) if width else range(0)
-        return [Message(rank, number, first, min(first + step, stop)) for first in cuts]
+        return [message._replace(start=first, stop=min(first + step, stop)) for first in cuts]
 
     def close(self, call: str, seconds: float, broken: bool) -> None:
         types, self._types = self._types, {}
@@ -107,21 +117,20 @@ class HostTransfer(Transfer):
         keyed = list(enumerate(widths))
         self.inbox = [transport.rows((way, "in", number), received, width) for number, width in keyed]
         self._staging = [transport.rows((way, "out", number), sent, width) for number, width in keyed]
-        self._receives: list[tuple[Message, Any]] = []
-        self._sends: list[tuple[Message, Any]] = []
+        self._requests: list[Any] = []
+        self._messages: list[Message] = []
+        """Of each request."""
         self._waiting: deque[tuple[Mark, Message, Array]] = deque()
         """Messages whose rows are not there yet, in the order in which they will be."""
         self._arrived: list[tuple[int, int]] = []
+        self._started = False
         self._held: Sequence[Payload] = ()
-        with mpi_call("rows"), mpi_lock():
-            for source in ring(transport.rank, transport.size)[1:]:
-                for number, width in keyed:
-                    start, stop = self._from[source], self._from[source + 1]
-                    for message in transport.messages(source, number, start, stop, width):
-                        request = transport.comm.Irecv(
-                            self._buffer(message, self.inbox[number]), source, self._tag(number)
-                        )
-                        self._receives.append((message, request))
+        for source in ring(transport.rank, transport.size)[1:]:
+            for number, width in keyed:
+                whole = Message(True, source, number, self._from[source], self._from[source + 1])
+                for message in transport.messages(whole, width):
+                    self._post(message, self.inbox[number])
+        self._note_ranks()
 
     def send(self, payloads: Sequence[Payload]) -> None:
         self._held = payloads
@@ -132,6 +141,8 @@ class HostTransfer(Transfer):
         except BaseException:
             self._waiting.clear()
             raise
+        finally:
+            self._note_ranks()
 
     def _send_to(self, destination: int, number: int, payload: Payload) -> None:
         start, stop = self._to[destination], self._to[destination + 1]
@@ -140,7 +151,8 @@ class HostTransfer(Transfer):
         if destination == self._transport.rank:
             payload.keep(start, stop, self.inbox[number], self._from[destination])
             return
-        for message in self._transport.messages(destination, number, start, stop, self._widths[number]):
+        whole = Message(False, destination, number, start, stop)
+        for message in self._transport.messages(whole, self._widths[number]):
             rows, mark = payload.ready, None
             if rows is None:
                 rows = self._staging[number]
@@ -151,58 +163,65 @@ class HostTransfer(Transfer):
                 self._waiting.append((mark, message, rows))
 
     def _post(self, message: Message, rows: Array) -> None:
+        transport = self._transport
+        buffer = [rows[message.start : message.stop], message.stop - message.start, None]
+        buffer[2] = transport.row_type(self._widths[message.number])
+        tag = _TAGS * (1 + self._way) + message.number
         with mpi_call("rows"), mpi_lock():
-            buffer = self._buffer(message, rows)
-            request = self._transport.comm.Isend(buffer, message.rank, self._tag(message.number))
-        self._sends.append((message, request))
+            call = transport.comm.Irecv if message.comes else transport.comm.Isend
+            self._requests.append(call(buffer, message.rank, tag))
+        self._messages.append(message)
+        self._started |= not message.comes
 
-    def _tag(self, number: int) -> int:
-        return _TAGS * (1 + self._way) + number
-
-    def _buffer(self, message: Message, rows: Array) -> list[Any]:
-        row_type = self._transport.row_type(self._widths[message.number])
-        return [rows[message.start : message.stop], message.stop - message.start, row_type]
+    def _note_ranks(self) -> None:
+        """Keep which ranks are waited for, until something ends."""
+        leaves = {message.rank for message in self._messages if not message.comes}
+        self._late = sorted({message.rank for message in self._messages if message.comes})
+        self._unsettled = sorted(leaves | {message.rank for _, message, _ in self._waiting})
+        if not self._unsettled:
+            self._held = ()
 
     def started(self) -> bool:
-        return bool(self._sends)
+        return self._started
 
     def missing(self) -> list[int]:
-        self._post_waiting()
-        self._receives, ended = _under_way(self._receives)
-        self._arrived += [(message.start, message.stop) for message in ended if message.number == 0]
-        return sorted({message.rank for message, _ in self._receives})
+        self._progress()
+        return self._late
 
     def arrived(self) -> list[tuple[int, int]]:
         arrived, self._arrived = self._arrived, []
         return arrived
 
     def unsettled(self) -> list[int]:
-        self._post_waiting()
-        self._sends, _ = _under_way(self._sends)
-        if not self._sends and not self._waiting:
-            self._held = ()
-        return sorted({message.rank for message, _ in self._sends} | {message.rank for _, message, _ in self._waiting})
+        self._progress()
+        return self._unsettled
 
-    def _post_waiting(self) -> None:
+    def _progress(self) -> None:
+        """Send what is ready, and let MPI move bytes."""
         while self._waiting and self._waiting[0][0].done:
             _, message, rows = self._waiting.popleft()
             self._post(message, rows)
+        done: Sequence[int] = ()
+        with mpi_call("rows"), mpi_lock():
+            for _ in range(_LOOKS if self._requests else 0):
+                done = self._requests[0].Testsome(self._requests) or ()
+                if done:
+                    break
+        if done:
+            ended = [self._messages[number] for number in sorted(done)]
+            self._arrived += [(m.start, m.stop) for m in ended if m.comes and m.number == 0]
+            self._keep([number for number in range(len(self._requests)) if number not in set(done)])
+
+    def _keep(self, numbers: Sequence[int]) -> None:
+        """Forget all requests but those with these numbers."""
+        self._requests = [self._requests[number] for number in numbers]
+        self._messages = [self._messages[number] for number in numbers]
+        self._note_ranks()
 
     def cancel(self, ranks: Sequence[int]) -> None:
-        stopped = [request for message, request in self._receives if message.rank in ranks]
-        self._receives = [entry for entry in self._receives if entry[0].rank not in ranks]
+        stopped = [n for n, message in enumerate(self._messages) if message.comes and message.rank in ranks]
         with mpi_lock():
-            for request in stopped:
-                request.Cancel()
-                request.Wait()
-
-
-def _under_way(entries: list[tuple[Message, Any]]) -> tuple[list[tuple[Message, Any]], list[Message]]:
-    """Return those of the messages, with their requests, that have not ended, and those that have."""
-    if not entries:
-        return entries, []
-    requests = [request for _, request in entries]
-    with mpi_call("rows"), mpi_lock():
-        done = set(requests[0].Testsome(requests) or [])
-    rest = [entry for number, entry in enumerate(entries) if number not in done]
-    return rest, [message for number, (message, _) in enumerate(entries) if number in done]
+            for number in stopped:
+                self._requests[number].Cancel()
+                self._requests[number].Wait()
+        self._keep([number for number in range(len(self._requests)) if number not in stopped])

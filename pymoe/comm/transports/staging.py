@@ -21,32 +21,24 @@ Array = Any
 
 
 class DevicePayload(Payload):
-    """Rows on a device; `landing` is where rows for this rank itself go."""
+    """Rows on a device, in the order of the plan; `landing` is where rows for this rank itself go."""
 
-    def __init__(self, rows: Array, order: Array | None, copies: Copies, landing: Array) -> None:
+    def __new__(cls, rows: Array, copies: Copies, landing: Array) -> DevicePayload:
+        return super().__new__(cls, rows)
+
+    def __init__(self, rows: Array, copies: Copies, landing: Array) -> None:
         self._copies, self._landing = copies, landing
-        self._index = None if order is None else copies.upload(order)
-
-    def __new__(cls, rows: Array, order: Array | None, copies: Copies, landing: Array) -> DevicePayload:
-        return super().__new__(cls, rows, order)
 
     @property
     def ready(self) -> Array | None:
         return None
 
     def write(self, start: int, stop: int, out: Array) -> Mark | None:
-        rows = self.rows[start:stop]
-        if self._index is not None:
-            rows = self._copies.gather(self.rows, self._index[start:stop])
-        self._copies.to_host(rows, out)
+        self._copies.to_host(self.rows[start:stop], out)
         return self._copies.left()
 
     def keep(self, start: int, stop: int, inbox: Array, place: int) -> None:
-        out = self._landing[place : place + stop - start]
-        if self._index is None:
-            self._copies.within(self.rows[start:stop], out)
-        else:
-            self._copies.gather(self.rows, self._index[start:stop], out)
+        self._copies.within(self.rows[start:stop], self._landing[place : place + stop - start])
 
 
 class StagedTransport(Transport):
@@ -108,17 +100,17 @@ class StagedTransfer(Transfer):
 
     def __init__(self, transport: StagedTransport, inner: Transfer, counts: Counts, width: int) -> None:
         self._transport, self._inner, self._width = transport, inner, width
-        self._copied = False
+        self._followed = self._copied = False
         transport.unfinished.add(self)
         self._landing = None
         if transport.inner.takes_marks:
-            self._landing = self._land(int(counts.receive.sum()))
+            self._landing = transport.copies.empty(int(counts.receive.sum()), width)
 
-    def _land(self, rows: int) -> Array:
-        """Return memory of the device for rows that come in."""
-        landing = self._transport.copies.empty(rows, self._width)
-        self._transport.copies.follow()
-        return landing
+    def _follow(self) -> None:
+        """Let copies wait for what the user's stream did with the rows, and with the memory that others land in."""
+        if not self._followed:
+            self._transport.copies.follow()
+        self._followed = True
 
     @property
     def inbox(self) -> list[Array]:  # type: ignore[override]
@@ -131,16 +123,17 @@ class StagedTransfer(Transfer):
         return self._inner.row_of_token
 
     def send(self, payloads: Sequence[Payload]) -> None:
-        device, *others = payloads
+        (rows, order), *others = payloads
         copies = self._transport.copies
-        copies.follow()
+        self._follow()
         if self._transport.inner.takes_marks:
-            first: Payload = DevicePayload(*device, copies, self._landing)
+            in_order = rows if order is None else copies.gather(rows, order)
+            first: Payload = DevicePayload(in_order, copies, self._landing)
         else:
-            whole = self._transport.arena.rows("whole", *device.rows.shape)
-            copies.to_host(device.rows, whole)
+            whole = self._transport.arena.rows("whole", *rows.shape)
+            copies.to_host(rows, whole)
             copies.left().synchronize()
-            first = Payload(whole, device.order)
+            first = Payload(whole, order)
         self._inner.send([first, *others])
 
     def started(self) -> bool:
@@ -157,7 +150,9 @@ class StagedTransfer(Transfer):
     def _copy_arrived(self) -> None:
         for start, stop in self._inner.arrived():
             if self._landing is None:
-                self._landing = self._land(len(self._inner.inbox[0]))
+                self._landing = self._transport.copies.empty(len(self._inner.inbox[0]), self._width)
+                self._followed = False
+            self._follow()
             self._transport.copies.to_device(self._inner.inbox[0][start:stop], self._landing[start:stop])
 
     def unsettled(self) -> list[int]:

@@ -243,7 +243,7 @@ def host_layer_beside(seed):
 
 
 def main():
-    host.DEVICE_MESSAGE_BYTES = 1 << 12  # many messages also for small rows
+    host.DEVICE_MESSAGE_BYTES = 1 << 12, 1 << 12  # many messages also for small rows
     wrong, opened, built = {}, [], StagedTransport.__init__
 
     def noted(staged, *args, **kwargs):

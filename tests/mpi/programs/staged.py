@@ -110,7 +110,7 @@ def main():
     is_device = lambda x: isinstance(x, DeviceArray)  # noqa: E731
     exchange.is_cuda = group.is_cuda = is_device
     group.Copies = LateCopies
-    host.DEVICE_MESSAGE_BYTES = 300  # one row, or a few
+    host.DEVICE_MESSAGE_BYTES = 300, 300  # one row, or a few
     with connecting("test", comm, sys.argv[1]) as found:
         members = place("test", found, "linear", ranks, 1)
         agree("test", members, {}, {})
