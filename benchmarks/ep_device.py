@@ -13,7 +13,6 @@ import numpy as np
 
 ROW = 8192
 SIZES = [1 << power for power in (16, 18, 20, 22, 24, 26)]
-MESSAGES = [1 << 18, 1 << 20, 1 << 22]
 LAYER = {"M": 4096, "E": 128, "topk": 8, "K": 2048, "I": 768}
 
 
@@ -24,6 +23,14 @@ def use_gpu(comm):
     number = comm.rank % cupy.cuda.runtime.getDeviceCount()
     cupy.cuda.Device(number).use()
     return cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
+
+
+def message_bytes(comm, size):
+    """Return how the `host` transport cuts `size` bytes."""
+    from pymoe.comm.transports.host import DEVICE_MESSAGE_BYTES, HostTransport, Message
+
+    whole = Message(True, 0, 0, 0, max(1, size // ROW))
+    return HostTransport(comm, DEVICE_MESSAGE_BYTES).messages(whole, ROW)[0].stop * ROW
 
 
 def messages_s(comm, slowest, size, message):
@@ -94,21 +101,18 @@ def staged_s(comm, slowest, group, size, gathered):
 def transfers(comm, slowest):
     """Return {bytes a pair: {what: seconds}}."""
     from pymoe.comm import agree, connecting, place
-    from pymoe.comm.transports import host
 
-    times = {size: {"PCIe": pcie_s(comm, slowest, size)} for size in SIZES}
-    for message in MESSAGES:
-        for size in SIZES:
-            times[size][f"MPI, {message >> 10} KiB"] = messages_s(comm, slowest, size, message)
-    for name, message in [("host", message) for message in MESSAGES] + [("shm", 0)]:
-        host.DEVICE_MESSAGE_BYTES = message or host.DEVICE_MESSAGE_BYTES
+    times = {}
+    for size in SIZES:
+        alone = messages_s(comm, slowest, size, message_bytes(comm, size))
+        times[size] = {"PCIe": pcie_s(comm, slowest, size), "MPI": alone}
+    for name in ("host", "shm"):
         with connecting("bench", comm, name) as group:
             ranks = place("bench", group, "linear", comm.size, 1)
             agree("bench", ranks, {}, {})
-        label = f"{name}, {message >> 10} KiB" if message else name
         for size in SIZES:
-            times[size][label] = staged_s(comm, slowest, group, size, False)
-            times[size][f"{label}, gathered"] = staged_s(comm, slowest, group, size, True)
+            times[size][name] = staged_s(comm, slowest, group, size, False)
+            times[size][f"{name}, gathered"] = staged_s(comm, slowest, group, size, True)
         ranks.close("bench")
     return times
 
@@ -186,17 +190,11 @@ def report(result):
     """Print the tables and the aim."""
     print(f"{result['MPI']}; {result['GPU']}, {result['ranks']} ranks")
     labels = list(next(iter(result["device"].values())))
+    print(f"{'MiB a pair':>12}" + "".join(f"{label:>17}" for label in labels) + "   us; host against max(PCIe, MPI)")
     for size, times in result["device"].items():
-        print(
-            f"\n{int(size) / 2**20:g} MiB a pair, us: "
-            + ", ".join(f"{name}: {1e6 * times[name]:.1f}" for name in labels)
-        )
-        for message in MESSAGES:
-            floor = max(times["PCIe"], times[f"MPI, {message >> 10} KiB"])
-            for way in ("", ", gathered"):
-                ratio = times[f"host, {message >> 10} KiB{way}"] / floor
-                print(f"  host, messages of {message >> 10:5} KiB{way:10} {ratio:.3f}x the slower of MPI and PCIe")
-        print(f"  shm {times['shm'] / times['PCIe']:.3f}x PCIe")
+        floor = max(times["PCIe"], times["MPI"])
+        ratios = ", ".join(f"{times[way] / floor:.3f}x" for way in ("host", "host, gathered"))
+        print(f"{int(size) / 2**20:12g}" + "".join(f"{1e6 * times[label]:17.1f}" for label in labels) + f"   {ratios}")
     for transport, found in result["device_layer"].items():
         ms = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in found.items()}
         print(f"{transport:5} layer {LAYER} bf16 {ms['layer_s']}, dispatch {ms['dispatch_s']}, combine "
