@@ -13,8 +13,8 @@ import pymoe
 pytest.importorskip("numba")
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-E, TOPK, K, I = 6, 3, 96, 64
-SCHEMES = [None, "fp8_w8a16", "int8_w8a16", "int4_w4a16", "mxfp4_w4a16"]
+E, TOPK, K, I = 6, 3, 256, 128
+SCHEMES = [None, "fp8_w8a8", "fp8_w8a8_block", "int8_w8a8", "fp8_w8a16", "int8_w8a16", "int4_w4a16", "mxfp4_w4a16"]
 
 
 def normal(rng, *shape):

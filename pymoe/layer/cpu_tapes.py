@@ -54,7 +54,6 @@ class CpuTapes:
             and layer._ranks is None
             and layer._expert_map is None
             and layer.shared_experts is None
-            and layer.quant_config.activation_key is None
             and not layer.routing.apply_router_weight_on_input
             and layer.routing.method not in (RoutingMethodType.Custom, RoutingMethodType.Simulated)
             # Its owner may change a bias; the ordinary path looks at it in every call.

@@ -145,7 +145,7 @@ def _rows_of(a: Array, w: WeightOperand, key: QuantKey | None, scale: Any) -> Ro
     if key.scale.group_shape.col <= 1:
         if scale.size not in (1, a.shape[0]):
             raise ShapeError(complaint(_CALL, "a_scale", f"hold 1 or {a.shape[0]} scales", scale.shape))
-        return Rows(a, key, scale.reshape(-1).astype(np.float32))
+        return Rows(a, key, scale.reshape(-1).astype(np.float32, copy=False))
     extent = key.scale.group_shape.col
     checks.shape(_CALL, "a_scale", scale, (a.shape[0], -(-w.K // extent)))
     in_blocks = w.key is not None and w.key.dtype in ("fp8", "int8") and extent == w.block[1] and w.block[0] > 1

@@ -28,6 +28,7 @@ from pymoe.ops.grouped_gemm._numba_units import (
     Layout,
     Scaling,
     Task,
+    decode_rows,
     list_units,
     most_units,
     pad_rows,
@@ -154,19 +155,31 @@ def _padded(rows: Rows, product: str, layout: Layout) -> Array:
 
     A copy starts at a cache line, so that no vector of it lies in two.
     """
+    if product != "int8" and rows.key is not None and not rows.key.is_packed and not rows.by_value:
+        table = code_table(rows.key.dtype).view(np.uint32)
+        flat = _lines_for(rows.values, layout, 4 if product == "float32" else 2)
+        table = table if product == "float32" else (table >> np.uint32(16)).astype(np.uint16)
+        return _copied(decode_rows, rows.values.view(np.uint8), table, layout, flat)
     values, shift = _bits(rows, product)
     if not shift and layout.stride == layout.K and values.flags.c_contiguous:
         return values.reshape(-1)
-    item = 4 if shift else values.itemsize
+    return _copied(pad_rows, values, shift, layout, _lines_for(values, layout, 4 if shift else values.itemsize))
+
+
+def _lines_for(values: Array, layout: Layout, item: int) -> Array:
+    """Return memory for as many rows, in words of `item` bytes, from the start of a cache line on."""
     size, line = values.shape[0] * layout.stride, 64 // item
     buffer = np.empty(size + line, f"u{item}")
     first = -(buffer.ctypes.data // item) % line
-    flat = buffer[first : first + size]
+    return buffer[first : first + size]
+
+
+def _copied(kernel: Any, values: Array, how: Any, layout: Layout, flat: Array) -> Array:
     values = np.ascontiguousarray(values).view()
     # Read-only for all, so that Numba compiles once for tokens of either sort.
     values.flags.writeable = False
     grain = max(1, COPIED_BYTES // max(1, values[:1].nbytes))
-    run_blocks(pad_rows, len(values), values, shift, layout, flat, grain=grain)
+    run_blocks(kernel, len(values), values, how, layout, flat, grain=grain)
     return flat
 
 

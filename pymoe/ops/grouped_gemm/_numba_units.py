@@ -113,6 +113,20 @@ def pad_rows(start, stop, rows, shift, layout, flat):
                 to[place + k] = 0
 
 
+@jit
+def decode_rows(start, stop, rows, table, layout, flat):
+    """Write the numbers of the codes in rows ``start:stop`` to ``flat``, every group padded by zeros."""
+    for r in range(start, stop):
+        to = flat[r * layout.stride : (r + 1) * layout.stride]
+        for g in range(layout.groups):
+            first, place = g * layout.group, g * layout.padded
+            width = min(layout.group, layout.K - first)
+            for k in range(width):
+                to[place + k] = table[rows[r, first + k]]
+            for k in range(width, layout.padded):
+                to[place + k] = 0
+
+
 @jit(inline="always")
 def last_feature(n0, N):
     return min(n0 + FEATURES, N)

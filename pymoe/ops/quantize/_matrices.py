@@ -100,12 +100,12 @@ def quantize_matrices(
     for e in range(B):
         if scale is not None:
             scaling = rules.given_scaling(key, scale[e])
+            grid[e] = scaling.scale
         else:
             low, high = _extremes(module, x[e], key, block, live)
             if globals_ is not None:
                 globals_[e] = _global_scale(key, low, high, None if global_scale is None else global_scale[e])
-            scaling = rules.scaling(key, low, high, None if globals_ is None else globals_[e])
-        grid[e] = scaling.scale
+            scaling = module.scaling(key, low, high, None if globals_ is None else globals_[e], grid[e])
         if zp is not None:
             zp[e] = scaling.offset  # type: ignore[assignment]
         offset = rules.middle(key) if scaling.offset is None else scaling.offset

@@ -9,7 +9,10 @@ import numpy as np
 from pymoe.device.arrays import BFLOAT16, as_float32
 from pymoe.device.numba_cpu import jit
 from pymoe.device.threads import refuse_recording, run_blocks
-from pymoe.ops.quantize._rules import Coder
+from pymoe.ops.quantize import _numpy as definition
+from pymoe.ops.quantize import _rules as rules
+from pymoe.ops.quantize._rules import Coder, Scaling
+from pymoe.quantization import QuantKey
 
 Array = Any
 
@@ -25,9 +28,8 @@ _ROUNDER = np.float32(1.5 * 2**23)
 
 def extremes(x: Array, block: tuple[int, int], poison: bool) -> tuple[Array, Array]:
     """See ``_numpy.extremes``."""
-    refuse_recording()
     R, K = x.shape
-    low, high = np.zeros((2, -(-R // block[0]), -(-K // block[1])), np.float32)
+    low, high = np.empty((2, -(-R // block[0]), -(-K // block[1])), np.float32)
     bits, shift = _bits(x)
     grain = max(1, _GRAIN // max(1, block[0] * K))
     run_blocks(
@@ -37,9 +39,22 @@ def extremes(x: Array, block: tuple[int, int], poison: bool) -> tuple[Array, Arr
     return low, high
 
 
+def scaling(key: QuantKey, low: Array, high: Array, global_scale: Array | None, stored: Array) -> Scaling:
+    """See ``_numpy.scaling``."""
+    if not rules.is_made_by_group(key):
+        refuse_recording()
+        return definition.scaling(key, low, high, global_scale, stored)
+    factor, divides, by_row = np.empty_like(stored), rules.coder(key).divides, rules.layout(key) == "row"
+    floors = (np.float32(0), rules.TOKEN_FLOOR) if key.dtype == "fp8" and by_row else (rules.TINY_AMAX, np.float32(0))
+    run_blocks(
+        _scale_groups, len(low), low, high, rules.largest(key), *floors, divides, key.dtype == "fp8", stored, factor,
+        grain=max(1, _GRAIN // max(1, low.shape[1])),
+    )  # fmt: skip
+    return Scaling(stored, factor)
+
+
 def encode(x: Array, block: tuple[int, int], factor: Array, offset: Array | float, coder: Coder, out: Array) -> None:
     """See ``_numpy.encode``."""
-    refuse_recording()
     R, K = x.shape
     bits, shift = _bits(x)
     factor = np.ascontiguousarray(factor, np.float32)
@@ -54,7 +69,10 @@ def _bits(x: Array) -> tuple[Array, int]:
     """Return the bits of `x`, and by how much they are shifted left to be those of a float32."""
     if x.dtype == BFLOAT16:
         return np.ascontiguousarray(x).view(np.uint16), 16
-    return as_float32(x).view(np.uint32), 0
+    bits = as_float32(x).view(np.uint32)
+    if bits.ctypes.data != x.ctypes.data:
+        refuse_recording()
+    return bits, 0
 
 
 @jit
@@ -65,7 +83,7 @@ def _load(bits, r, shift, row):
 
 @jit
 def _extremes(start, stop, bits, shift, block_rows, block_columns, poison, low, high):
-    """Write the bits of both extremes; `low` and `high` come as int32, filled with 0."""
+    """Write the bits of both extremes; `low` and `high` come as int32."""
     R, K = bits.shape
     row = np.empty(K, np.uint32)
     signed = row.view(np.int32)
@@ -73,7 +91,7 @@ def _extremes(start, stop, bits, shift, block_rows, block_columns, poison, low, 
     largest = np.empty(columns, np.int32)
     for b in range(start, stop):
         for c in range(columns):
-            largest[c] = 0
+            largest[c] = low[b, c] = high[b, c] = 0
         for r in range(b * block_rows, min(R, (b + 1) * block_rows)):
             _load(bits, r, shift, row)
             for c in range(columns):
@@ -88,6 +106,26 @@ def _extremes(start, stop, bits, shift, block_rows, block_columns, poison, low, 
             else:
                 low[b, c] = min(low[b, c], _LARGEST) | _SIGN
                 high[b, c] = min(high[b, c], _LARGEST)
+
+
+@jit
+def _scale_groups(start, stop, low, high, largest, least_amax, least_scale, divides, inverts, scale, factor):
+    """Write the scale of each group and what its elements are divided by or multiplied with, as ``_rules`` says."""
+    for b in range(start, stop):
+        for c in range(low.shape[1]):
+            below, amax = -low[b, c], high[b, c]
+            # Comparisons with NaN are false: a poisoned group keeps its NaN.
+            amax = abs(below if not below <= amax else amax)
+            amax = least_amax if amax < least_amax else amax
+            step = np.float32(amax / largest)
+            step = least_scale if step < least_scale else step
+            scale[b, c] = np.float32(np.nan) if step != step else step
+            if divides:
+                factor[b, c] = step
+            elif inverts:
+                factor[b, c] = np.float32(1) / step
+            else:
+                factor[b, c] = largest / amax
 
 
 @jit

@@ -8,7 +8,9 @@ import numpy as np
 
 from pymoe.codec.fp4 import encode_e2m1, pack_nibbles
 from pymoe.codec.fp8 import encode_e4m3
-from pymoe.ops.quantize._rules import FLT_MAX, Coder
+from pymoe.ops.quantize import _rules as rules
+from pymoe.ops.quantize._rules import FLT_MAX, Coder, Scaling
+from pymoe.quantization import QuantKey
 
 Array = Any
 
@@ -52,6 +54,13 @@ def extremes(x: Array, block: tuple[int, int], poison: bool) -> tuple[Array, Arr
 def _reduce(pick: np.ufunc, x: Array, block: tuple[int, int]) -> Array:
     columns = pick.reduceat(x, np.arange(0, x.shape[1], block[1]), axis=1)
     return pick.reduceat(columns, np.arange(0, x.shape[0], block[0]), axis=0)
+
+
+def scaling(key: QuantKey, low: Array, high: Array, global_scale: Array | None, stored: Array) -> Scaling:
+    """Return the scaling of groups by ``_rules.scaling``; the scales themselves are written to `stored` too."""
+    made = rules.scaling(key, low, high, global_scale)
+    stored[...] = made.scale
+    return made
 
 
 def encode(x: Array, block: tuple[int, int], factor: Array, offset: Array | float, coder: Coder, out: Array) -> None:

@@ -128,6 +128,21 @@ def _scaling(key: QuantKey, low: Array, high: Array, global_scale: Array | None)
     return _int8_scaling(key, amax)
 
 
+def largest(key: QuantKey) -> np.float32:
+    """Return the largest magnitude of a code of fp8 or int8."""
+    return _448 if key.dtype == "fp8" else _127
+
+
+def is_made_by_group(key: QuantKey) -> bool:
+    """Whether a group's float32 scale follows from its largest magnitude alone, as dynamic fp8's and int8's does."""
+    return (
+        key.dtype in ("fp8", "int8")
+        and not key.scale.static
+        and key.scale.dtype == "float32"
+        and layout(key) != "tensor"
+    )
+
+
 def given_scaling(key: QuantKey, scale: Array) -> Scaling:
     """Return the scaling by scales that were given beforehand (fp8 and int8; uint8 is e8m0)."""
     with np.errstate(all="ignore"):
