@@ -1,7 +1,9 @@
 """PyTorch tensors through a pymoe layer and back, without a copy: python examples/pytorch_arrays.py
 
-Needs: pip install pymoe torch
+Needs: pip install pymoe torch.  With CuPy and a GPU, tensors of the GPU: the layer then runs there.
 """
+
+import importlib.util
 
 import torch
 
@@ -9,6 +11,8 @@ import pymoe
 
 E, K, I, TOPK = 8, 64, 128, 2  # experts, hidden size, expert width, experts a token
 torch.manual_seed(0)
+if torch.cuda.is_available() and importlib.util.find_spec("cupy"):
+    torch.set_default_device("cuda")
 w1 = torch.randn(E, 2 * I, K, dtype=torch.bfloat16) / K**0.5  # I gate rows, then I up rows
 w2 = torch.randn(E, K, I, dtype=torch.bfloat16) / I**0.5
 gate = torch.randn(E, K, dtype=torch.bfloat16)
@@ -28,5 +32,5 @@ for token, (row, experts) in enumerate(zip(x, ids, strict=True)):
         expected[token] += weight * (w2[e].float() @ h.bfloat16().float())
 
 error = (y.float() - expected).norm() / expected.norm()
-print(f"{type(y).__name__} {y.dtype} {tuple(y.shape)}; relative difference from PyTorch {error:.1e}")
+print(f"{type(y).__name__} {y.dtype} {tuple(y.shape)} on {y.device}; relative difference from PyTorch {error:.1e}")
 assert error < 5e-3, error

@@ -132,7 +132,7 @@ def register_activation(name: str, fn: Callable[..., Any], gated: bool = True) -
 
     Notes
     -----
-    All backends do the same float32 operations, so that they give the same bits; ``docs/own_activation`` has the rules.
+    All backends do the same float32 operations, so they give the same bits; ``docs/own_activations`` has the rules.
     May be called from any thread.
 
     Examples

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import runpy
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +202,11 @@ def test_a_plain_one_in_a_layer_and_its_monolithic_twin():
     np.testing.assert_array_equal(own, pymoe.fused_moe(x, w1, w2, logits, 2, activation=PLAIN))
     config = pymoe.fused_experts(x, w1, w2, *pymoe.select_experts(logits, 2), activation=ActivationConfig(PLAIN))
     np.testing.assert_array_equal(own, config)
+
+
+def test_the_example_holds_what_it_claims(capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_activation.py"))
+    assert "relative difference from plain Python" in capsys.readouterr().out
 
 
 def test_a_kernel_of_the_modular_interface_takes_it_by_object():
