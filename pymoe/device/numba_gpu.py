@@ -13,7 +13,6 @@ import importlib.util
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import numba
@@ -99,7 +98,7 @@ def require(call: str, *arrays: Array) -> None:
 
 
 def launch(function: Any, grid: tuple[int, ...], threads: int | tuple[int, int], *args: Any) -> None:
-    """Queue a kernel on CuPy's current stream; an empty grid is no launch.  Numba takes no array without elements.
+    """Queue a kernel on CuPy's current stream; an empty grid is no launch.
 
     Numba would wait for the stream of every array it is handed; told not to, it need not, since all of them are used in
     the order of this one stream.
@@ -126,19 +125,11 @@ def launch(function: Any, grid: tuple[int, ...], threads: int | tuple[int, int],
 
 
 def _simulate(configured: Any, args: tuple[Any, ...]) -> None:
-    """Run a configured kernel on the host.
-
-    The simulator knows one kernel at a time and contiguous arrays only, and writes to all of them.
-    """
-    taken = [
-        x.copy() if isinstance(x, np.ndarray) and not (x.flags.writeable and x.flags.c_contiguous) else x for x in args
-    ]
+    """Run a configured kernel on the host; the simulator knows one kernel at a time, and writes all arrays back."""
+    args = tuple(x.copy() if isinstance(x, np.ndarray) and not x.flags.writeable else x for x in args)
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy's scalars, where hardware says nothing
-        configured(*taken)
-    for given, copy in zip(args, taken, strict=True):
-        if copy is not given and given.flags.writeable:
-            given[...] = copy
+        configured(*args)
 
 
 def bits_of(x: Array) -> Array:
@@ -147,21 +138,6 @@ def bits_of(x: Array) -> Array:
 
 
 def everywhere(like: Array, value: float, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return an array, beside `like`, that has `value` everywhere: one element of memory, kept for all calls."""
-    device = None if isinstance(like, np.ndarray) else like.device.id
-    return namespace(like).broadcast_to(_constant(device, value, np.dtype(dtype)), shape)
-
-
-@lru_cache(maxsize=256)
-def _constant(device: int | None, value: float, dtype: np.dtype) -> Array:
-    """Return `value` in an array of one element, on the current device where that has a number.
-
-    Never freed, since a captured graph may read it; written before any stream can use it.
-    """
-    if device is None:
-        return np.full(1, value, dtype)
-    import cupy
-
-    made = cupy.full(1, value, dtype)
-    cupy.cuda.get_current_stream().synchronize()  # once in the life of the process; an error during a capture
-    return made
+    """Return an array, beside `like`, that has `value` everywhere and one element of memory."""
+    xp = namespace(like)
+    return xp.broadcast_to(xp.full((1,) * len(shape), value, dtype), shape)

@@ -19,6 +19,8 @@ GEMM = "pymoe/ops/grouped_gemm/_numba.py"
 DOTS = "pymoe/ops/grouped_gemm/_numba_dots.py"
 UNITS = "pymoe/ops/grouped_gemm/_numba_units.py"
 LANES = "pymoe/ops/grouped_gemm/_lanes.py"
+CODES = "pymoe/ops/grouped_gemm/_numba_codes_ir.py"
+TILES = "pymoe/ops/grouped_gemm/_numba_tiles.py"
 PERMUTE = "pymoe/ops/permute/_numba.py"
 UNPERMUTE = "pymoe/ops/unpermute/_numba.py"
 RULES = "pymoe/ops/quantize/_rules.py"
@@ -33,17 +35,21 @@ TEST_ROUTE = "tests/ops/test_route_backends.py"
 
 MUTANTS = [
     # GEMM: tails, tiles, offsets
-    Mutant("last tile of output features is skipped", UNITS, 'features = np.arange(0, N, width)', 'features = np.arange(0, N - N % width or N, width)', TEST_GEMM),
-    Mutant("last row of a tile is skipped", DOTS, 'count = min(len(rows), row1 - row)', 'count = min(len(rows) - 1, row1 - row)', TEST_GEMM),
-    Mutant("rows after the first 256 are skipped", UNITS, 'rows = expert_offsets[experts] + tile_of_expert * ROWS', 'rows = expert_offsets[experts] + tile_of_expert * 0', TEST_GEMM),
+    Mutant("last tile of output features is skipped", UNITS, 'for feature in range(0, N, width):', 'for feature in range(0, N - N % width or N, width):', TEST_GEMM),
+    Mutant("last row of a tile is skipped", DOTS, 'r = min(row0 + i, row1 - 1)', 'r = min(row0 + i, max(row1 - 2, row0))', TEST_GEMM),
+    Mutant("rows after the first 256 are skipped", UNITS, 'for row in range(expert_offsets[e], expert_offsets[e + 1], ROWS):', 'for row in range(expert_offsets[e], min(expert_offsets[e + 1], expert_offsets[e] + ROWS), ROWS):', TEST_GEMM),
     Mutant("the tail of k is not multiplied", GEMM, 'padded = -(-group // step) * step', 'padded = max(group // step, 1) * step', TEST_GEMM),
-    Mutant("gather is ignored", DOTS, 'places[0, i] = gather[row + min(i, count - 1)] * layout.stride', 'places[0, i] = (row + min(i, count - 1)) * layout.stride', TEST_GEMM),
+    Mutant("gather is ignored", DOTS, 'row = task.rows + task.gather[r] * width', 'row = task.rows + r * width', TEST_GEMM),
     Mutant("int8 sums pass 2^24 in float32", GEMM, "EXACT_GROUP = 1024", "EXACT_GROUP = 1 << 20", TEST_GEMM),
-    Mutant("high and low nibble are swapped", LANES, 'builder.and_(packed, mask), builder.lshr(packed, shift)', 'builder.lshr(packed, shift), builder.and_(packed, mask)', TEST_GEMM),
+    Mutant("high and low nibble are swapped", CODES, 'builder.and_(packed, mask), builder.lshr(packed, shift)', 'builder.lshr(packed, shift), builder.and_(packed, mask)', TEST_GEMM),
+    Mutant("a word of two nibbles holds only the low one", CODES, 'builder.shl(both, _splat(_I32, 12))', 'builder.shl(both, _splat(_I32, 16))', TEST_LEVELS),
+    Mutant("subnormals of e4m3 are read as normal numbers", CODES, 'builder.icmp_unsigned("<", magnitude, word(8))', 'builder.icmp_unsigned("<", magnitude, word(1))', TEST_LEVELS),
+    Mutant("the end of a row of codes is left out", UNITS, '            if rest > 0:', '            if rest > LANES:', TEST_GEMM),
+    Mutant("a block of features keeps the scale of its first", TILES, 'row, inside = row + 1, 0', 'inside = 0', TEST_LEVELS),
     Mutant("zero points of odd rows are those of even ones", UNITS, 'zero = np.float32((byte >> 4) if n & 1 else (byte & 15))', 'zero = np.float32(byte & 15)', TEST_GEMM),
     Mutant("the row's scale is left out", DOTS, 'factor = rows[gather[r] if rows.shape[0] > 1 else 0, 0]', 'factor = np.float32(1)', TEST_LEVELS),
-    Mutant("a block's scale is that of the block before", DOTS, 'scale_at(scaling.scale, scaling.table, e, (n + j) // scaling.bn, g)', 'scale_at(scaling.scale, scaling.table, e, (n + j) // scaling.bn, max(g - 1, 0))', TEST_LEVELS),
-    Mutant("lanes are added without the last two", LANES, 'upper = [lane + half for lane in lower]', 'upper = [lane + half - (half > 1) for lane in lower]', TEST_GEMM),
+    Mutant("a block's scale is that of the block before", DOTS, 'scale_at(scaling.scale, scaling.table, e, n // scaling.bn, part)', 'scale_at(scaling.scale, scaling.table, e, n // scaling.bn, max(part - 1, 0))', TEST_LEVELS),
+    Mutant("lanes are added without the last two", LANES, 'other = [lane ^ half if not', 'other = [lane ^ (half - (half > 1)) if not', TEST_GEMM),
     Mutant("interleaved tensor scales are taken as halves", WEIGHTS, "xp.tile(scale, (1, N // 2)) if interleaved else", "xp.repeat(scale, N // 2, axis=1) if interleaved else", TEST_GEMM),
     Mutant("the bias is added once too often", DOTS, "value += bias[e, n]", "value += 2 * bias[e, n]", TEST_GEMM),
     # Permute, unpermute, reduce

@@ -19,15 +19,17 @@ from numba.extending import intrinsic
 llvmlite.binding.initialize_native_asmparser()  # for instructions emitted by name
 
 LANES = 16
-FEATURES = {8: 2, 1: 4}
-"""Output features of a tile, by its rows.  Eight rows and two features keep 16 sums in registers, which hides the
-latency of multiply-adds; a single row waits for memory, and four streams of weights do not evict each other."""
+FEATURES = {6: 4, 8: 2, 1: 4}
+"""Output features of a tile, by its rows.  Of 32 registers six rows and four features fill 24 with sums: ten loads feed
+24 multiply-adds.  VNNI needs sums of weights besides, so that eight and two it is.  A single row waits for memory, and
+four streams of weights do not evict each other."""
+FETCHES = 4
+"""Addresses that a tile may fetch weights from: those of the next tile's features."""
 
-# How weights lie in memory.  A kernel gets its kind as a tuple of kind + 1 numbers, and the rows of its tiles as a
-# tuple of as many, because Numba compiles one version for each type, and keys its disk cache by types.
-FLOAT32, FLOAT16, BFLOAT16, E4M3, INT8, UINT8B128, UINT8, E2M1, UINT4B8, UINT4, PAIRS, QUADS = range(12)
-PACKED = (E2M1, UINT4B8, UINT4)
-# PAIRS and QUADS are bfloat16 and int8 that meet their like; all others meet float32.
+# What is multiplied: float32, or bfloat16 and int8 that meet their like.  A kernel gets the kind as a tuple of kind + 1
+# numbers, and the rows of its tiles as a tuple of as many, because Numba compiles one version for each type, and keys
+# its disk cache by types.
+FLOAT32, PAIRS, QUADS = range(3)
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
@@ -48,136 +50,117 @@ def _load_as(builder: Any, pointer: Any, element: Any, lanes: int, align: int) -
     return builder.load(builder.bitcast(pointer, _vector(element, lanes).as_pointer()), align=align)
 
 
-def _from_half_bits(builder: Any, bits: Any, factor: float) -> Any:
-    """Return 16-bit float patterns as float32 times a power of two: float16 has room for every narrow format, and its
-    conversion takes subnormal numbers at full speed."""  # fmt: skip
-    wide = builder.fpext(builder.bitcast(bits, _vector(_HALF)), _FLOATS)
-    return builder.fmul(wide, _splat(_FLOAT, factor))
-
-
-def _load_float32(builder: Any, pointer: Any) -> Any:
-    return _load_as(builder, pointer, _FLOAT, LANES, 4)
-
-
-def _load_float16(builder: Any, pointer: Any) -> Any:
-    return builder.fpext(_load_as(builder, pointer, _HALF, LANES, 2), _FLOATS)
-
-
-def _load_bfloat16(builder: Any, pointer: Any) -> Any:
-    wide = builder.zext(_load_as(builder, pointer, _I16, LANES, 2), _vector(_I32))
-    return builder.bitcast(builder.shl(wide, _splat(_I32, 16)), _FLOATS)
-
-
-def _load_e4m3(builder: Any, pointer: Any) -> Any:
-    """Exponent bias 7 read with bias 15: a factor of 2^8; code 127 is NaN."""
-    codes = builder.zext(_load_as(builder, pointer, _I8, LANES, 1), _vector(_I16))
-    magnitude = builder.and_(codes, _splat(_I16, 0x7F))
-    sign = builder.shl(builder.and_(codes, _splat(_I16, 0x80)), _splat(_I16, 8))
-    value = _from_half_bits(builder, builder.or_(sign, builder.shl(magnitude, _splat(_I16, 7))), 2.0**8)
-    is_nan = builder.icmp_unsigned("==", magnitude, _splat(_I16, 0x7F))
-    return builder.select(is_nan, _splat(_FLOAT, float("nan")), value)
-
-
-def _load_int8(builder: Any, pointer: Any) -> Any:
-    return builder.sitofp(builder.sext(_load_as(builder, pointer, _I8, LANES, 1), _vector(_I32)), _FLOATS)
-
-
-def _load_uint8(zero: int) -> Callable[[Any, Any], Any]:
-    def load(builder: Any, pointer: Any) -> Any:
-        codes = builder.zext(_load_as(builder, pointer, _I8, LANES, 1), _vector(_I32))
-        return builder.sitofp(builder.sub(codes, _splat(_I32, zero)), _FLOATS)
-
-    return load
-
-
-def _nibbles(builder: Any, pointer: Any) -> Any:
-    """Return 16 four-bit codes of 8 bytes, the low nibble first."""
-    packed = _load_as(builder, pointer, _I8, LANES // 2, 1)
-    mask, shift = (ir.Constant(packed.type, [value] * (LANES // 2)) for value in (15, 4))
-    order = [lane for pair in zip(range(8), range(8, 16), strict=True) for lane in pair]
-    return builder.shuffle_vector(builder.and_(packed, mask), builder.lshr(packed, shift), _indices(order))
-
-
-def _load_e2m1(builder: Any, pointer: Any) -> Any:
-    """Exponent bias 1 read with bias 15: a factor of 2^14."""
-    codes = builder.zext(_nibbles(builder, pointer), _vector(_I16))
-    magnitude = builder.shl(builder.and_(codes, _splat(_I16, 7)), _splat(_I16, 9))
-    sign = builder.shl(builder.and_(codes, _splat(_I16, 8)), _splat(_I16, 12))
-    return _from_half_bits(builder, builder.or_(sign, magnitude), 2.0**14)
-
-
-def _load_uint4(zero: int) -> Callable[[Any, Any], Any]:
-    def load(builder: Any, pointer: Any) -> Any:
-        codes = builder.zext(_nibbles(builder, pointer), _vector(_I32))
-        return builder.sitofp(builder.sub(codes, _splat(_I32, zero)), _FLOATS)
-
-    return load
-
-
-_LOADS: dict[int, Callable[[Any, Any], Any]] = {
-    FLOAT32: _load_float32,
-    FLOAT16: _load_float16,
-    BFLOAT16: _load_bfloat16,
-    E4M3: _load_e4m3,
-    INT8: _load_int8,
-    UINT8B128: _load_uint8(128),
-    UINT8: _load_uint8(0),
-    E2M1: _load_e2m1,
-    UINT4B8: _load_uint4(8),
-    UINT4: _load_uint4(0),
-}
-
-
-# What an element of unpacked kinds is in memory; packed ones are widened before they are multiplied.
-_ELEMENTS = {FLOAT32: _FLOAT, FLOAT16: _I16, BFLOAT16: _I16, E4M3: _I8, INT8: _I8, UINT8B128: _I8, UINT8: _I8,
-             PAIRS: _I16, QUADS: _I8}  # fmt: skip
-_BYTES = {kind: {_FLOAT: 4, _I16: 2, _I8: 1}[element] for kind, element in _ELEMENTS.items()}
-
-
 def _indices(lanes: list[int]) -> Any:
     return ir.Constant(_vector(_I32, len(lanes)), lanes)
 
 
 @intrinsic
+def product_of(typingctx: Any, source: Any) -> Any:
+    """Return the kind in which weights of the kind `source` are multiplied."""
+    kind = types.UniTuple(types.int64, source.count if source.count <= QUADS + 1 else FLOAT32 + 1)  # type: ignore[attr-defined]
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.get_constant_null(sig.return_type)
+
+    return kind(source), codegen
+
+
+@intrinsic
+def tall(typingctx: Any, kind: Any) -> Any:
+    """Return the rows of a tall tile for weights of the kind, as the tuple that kernels take them as."""
+    height = types.UniTuple(types.int64, 8 if kind.count - 1 == QUADS else 6)  # type: ignore[attr-defined]
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.get_constant_null(sig.return_type)
+
+    return height(kind), codegen
+
+
+@intrinsic
 def tile_of_dots(
-    typingctx: Any, rows: Any, kind: Any, a: Any, w: Any, ahead: Any, places: Any, steps: Any, to: Any
+    typingctx: Any, rows: Any, kind: Any, a: Any, w: Any, steps: Any, targets: Any, ahead: Any, sums: Any
 ) -> Any:
     """Write the dot products of row i with ``FEATURES[len(rows)]`` output features to memory.
 
-    a and w are addresses, so that neither a read-only array nor a buffer makes Numba compile again; w is of the kind, a
-    of float32 or of its like.  `places` (3, 8) holds the first elements of the rows, those of the output features, and
-    the addresses that, with `to` added, the results of the rows go to.  A step is of 16 lanes.  Weights `ahead` bytes
-    further on are fetched into the second-level cache.
+    A step is 64 bytes of k of every row and feature.  `a` is the address of the rows, step by step and row by row.  `w`
+    are the addresses of as many addresses, those of the features, and the bytes between two steps.  `targets` likewise:
+    of the rows of the result, and what is added to them.  `ahead` says which weights to fetch into the second-level
+    cache: how many lines a step, the first one's address, the bytes to the next one and to those of the next step.
+    `sums` are an address, whether the lanes of all sums start from what stands there, and whether they are left there;
+    else they start from 0 and are added up.
     """
-    signature = types.void(rows, kind, *[types.int64] * 3, places, types.int64, types.int64)
+    pair, four = (types.UniTuple(types.int64, count) for count in (2, 4))  # type: ignore[attr-defined]
+    where = types.Tuple([types.int64, types.boolean, types.boolean])  # type: ignore[attr-defined]
+    signature = types.void(rows, kind, types.int64, pair, types.int64, pair, four, where)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, _, a, w, ahead, _, steps, to = args
-        places = context.make_array(sig.args[5])(context, builder, args[5]).data
-        starts, columns, targets = (builder.gep(places, [_I64(8 * i)]) for i in range(3))
         height, number = sig.args[0].count, sig.args[1].count - 1
-        left = number if number in (PAIRS, QUADS) else FLOAT32
-        a_rows = [_row(builder, a, _BYTES[left], starts, i) for i in range(height)]
-        w_rows = [_row(builder, w, _BYTES[number], columns, j) for j in range(FEATURES[height])]
+        width, steps = FEATURES[height], args[4]
+        a, w_step, target = args[2], *(builder.extract_value(args[i], 1) for i in (3, 5))
+        w_rows, targets = (
+            [builder.load(_at(builder, builder.extract_value(args[i], 0), _I64(8 * j), _I64)) for j in range(count)]
+            for i, count in ((3, width), (5, height))
+        )
+        lines, fetched, line_bytes, line_step = (builder.extract_value(args[6], i) for i in range(4))
+        kept, resumes, stays = (builder.extract_value(args[7], i) for i in range(3))
+        ahead = [builder.add(fetched, builder.mul(line_bytes, _I64(j))) for j in range(FETCHES)]
 
         def fetch(step: Any) -> None:
-            for row in w_rows:
-                pointer = _pointer(builder, builder.add(row, ahead), step, _BYTES[number] * _STEP.get(number, LANES))
-                kinds = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-                prefetch = cgutils.get_or_insert_function(builder.module, kinds, "llvm.prefetch.p0")
-                builder.call(prefetch, [pointer, _I32(0), _I32(2), _I32(1)])
+            _fetch(builder, ahead, lines, builder.mul(step, line_step))
 
-        total = _add_lanes(builder, _ARITHMETIC[left](builder, a_rows, w_rows, number, steps, fetch))
-        if left == QUADS:
-            total = builder.sitofp(total, _FLOATS)
-        width = FEATURES[height]
-        for i in range(height):
-            part = builder.shuffle_vector(total, total, _indices(list(range(i * width, (i + 1) * width))))
-            address = _row(builder, to, 1, targets, i)
-            builder.store(part, builder.inttoptr(address, part.type.as_pointer()), align=4)
+        def loads(step: Any, element: Any) -> tuple[list, list]:
+            x = _at(builder, a, builder.mul(step, _I64(64 * height)))
+            at = builder.mul(step, w_step)
+            w = [_load_as(builder, _at(builder, row, at), element, LANES, 1) for row in w_rows]
+            return [_load_as(builder, builder.gep(x, [_I64(64 * i)]), element, LANES, 64) for i in range(height)], w
+
+        start, body, finish = _ARITHMETIC[number](builder, height, width, loads)
+        places_of_sums = [_at(builder, kept, _I64(64 * i), v.type) for i, v in enumerate(start)]
+        start = _either(builder, resumes, lambda: [builder.load(p, align=64) for p in places_of_sums], lambda: start)
+        vectors = _loop(builder, steps, start, fetch, body)
+        with builder.if_else(stays) as (then, otherwise):
+            with then:
+                for vector, pointer in zip(vectors, places_of_sums, strict=True):
+                    builder.store(vector, pointer, align=64)
+            with otherwise:
+                for first, total in _add_lanes(builder, finish(vectors)):
+                    if number == QUADS:
+                        total = builder.sitofp(total, _FLOATS)
+                    for i in range(first // width, min(first + LANES, height * width) // width):
+                        lanes = _indices([i * width - first + j for j in range(width)])
+                        part = builder.shuffle_vector(total, total, lanes)
+                        builder.store(part, _at(builder, targets[i], target, part.type), align=4)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _at(builder: Any, address: Any, offset: Any, pointee: Any = _I8) -> Any:
+    return builder.inttoptr(builder.add(address, offset), pointee.as_pointer())
+
+
+def _fetch(builder: Any, ahead: list, lines: Any, offset: Any) -> None:
+    """Ask for the line at `offset` from each of the first `lines` addresses."""
+    for j, row in enumerate(ahead):
+        with builder.if_then(builder.icmp_signed(">", lines, _I64(j))):
+            pointer = _at(builder, row, offset)
+            kinds = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+            prefetch = cgutils.get_or_insert_function(builder.module, kinds, "llvm.prefetch.p0")
+            builder.call(prefetch, [pointer, _I32(0), _I32(2), _I32(1)])
+
+
+def _either(builder: Any, condition: Any, yes: Callable[[], list], no: Callable[[], list]) -> list:
+    """Emit a choice between two lists of vectors."""
+    with builder.if_else(condition) as (then, otherwise):
+        with then:
+            first, here = yes(), builder.block
+        with otherwise:
+            second, there = no(), builder.block
+    chosen = [builder.phi(vector.type) for vector in first]
+    for phi, one, other in zip(chosen, first, second, strict=True):
+        phi.add_incoming(one, here)
+        phi.add_incoming(other, there)
+    return chosen
 
 
 def _row(builder: Any, address: Any, item: int, starts: Any, index: int) -> Any:
@@ -186,53 +169,47 @@ def _row(builder: Any, address: Any, item: int, starts: Any, index: int) -> Any:
     return builder.add(address, builder.mul(first, _I64(item)))
 
 
-def _float_sums(builder: Any, a_rows: list, w_rows: list, number: int, steps: Any, fetch: Any) -> list:
+def _float_sums(builder: Any, height: int, width: int, loads: Callable) -> tuple:
+    """Return what sums start from, what a step makes of them, and what becomes of the lanes in the end."""
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
 
     def body(step: Any, sums: list) -> list:
-        fetch(step)
-        left = [_load_float32(builder, _pointer(builder, row, step, 4 * LANES)) for row in a_rows]
-        right = [_LOADS[number](builder, _pointer(builder, row, step, _BYTES[number] * LANES)) for row in w_rows]
+        left, right = loads(step, _FLOAT)
         products = [(x, y) for x in left for y in right]
         return [builder.call(fma, [x, y, total]) for total, (x, y) in zip(sums, products, strict=True)]
 
-    return _loop(builder, steps, [_splat(_FLOAT, 0.0)] * (len(a_rows) * len(w_rows)), body)
+    return [_splat(_FLOAT, 0.0)] * (height * width), body, list
 
 
-def _pair_sums(builder: Any, a_rows: list, w_rows: list, number: int, steps: Any, fetch: Any) -> list:
+def _pair_sums(builder: Any, height: int, width: int, loads: Callable) -> tuple:
     def body(step: Any, sums: list) -> list:
-        fetch(step)
-        left, right = ([_load_as(builder, _pointer(builder, row, step, 64), _I32, LANES, 1) for row in rows]
-                       for rows in (a_rows, w_rows))  # fmt: skip
+        left, right = loads(step, _I32)
         products = [(x, y) for x in left for y in right]
         return [_dot(builder, "vdpbf16ps", total, x, y) for total, (x, y) in zip(sums, products, strict=True)]
 
-    return _loop(builder, steps, [_splat(_FLOAT, 0.0)] * (len(a_rows) * len(w_rows)), body)
+    return [_splat(_FLOAT, 0.0)] * (height * width), body, list
 
 
-def _quad_sums(builder: Any, a_rows: list, w_rows: list, number: int, steps: Any, fetch: Any) -> list:
+def _quad_sums(builder: Any, height: int, width: int, loads: Callable) -> tuple:
     """The instruction takes unsigned times signed: rows get 128 added, which comes off again with the sums of weights.
 
     Both may wrap, since what is left fits.
     """
-    count = len(a_rows) * len(w_rows)
+    count = height * width
     flip, ones = _splat(_I32, -2139062144), _splat(_I32, 0x01010101)  # 0x80808080
 
     def body(step: Any, sums: list) -> list:
-        fetch(step)
-        left = [
-            builder.xor(_load_as(builder, _pointer(builder, row, step, 64), _I32, LANES, 1), flip) for row in a_rows
-        ]
-        right = [_load_as(builder, _pointer(builder, row, step, 64), _I32, LANES, 1) for row in w_rows]
-        products = [(x, y) for x in [*left, ones] for y in right]
+        left, right = loads(step, _I32)
+        products = [(x, y) for x in [*(builder.xor(x, flip) for x in left), ones] for y in right]
         return [_dot(builder, "vpdpbusd", total, x, y) for total, (x, y) in zip(sums, products, strict=True)]
 
-    sums = _loop(builder, steps, [_splat(_I32, 0)] * (count + len(w_rows)), body)
-    offsets = [builder.shl(total, _splat(_I32, 7)) for total in sums[count:]]
-    return [builder.sub(total, offsets[i % len(w_rows)]) for i, total in enumerate(sums[:count])]
+    def finish(sums: list) -> list:
+        offsets = [builder.shl(total, _splat(_I32, 7)) for total in sums[count:]]
+        return [builder.sub(total, offsets[i % width]) for i, total in enumerate(sums[:count])]
+
+    return [_splat(_I32, 0)] * (count + width), body, finish
 
 
-_STEP = {PAIRS: 32, QUADS: 64}
 _ARITHMETIC = {FLOAT32: _float_sums, PAIRS: _pair_sums, QUADS: _quad_sums}
 
 
@@ -242,12 +219,7 @@ def _dot(builder: Any, instruction: str, total: Any, x: Any, y: Any) -> Any:
     return builder.asm(kind, f"{instruction} $2, $1, $0", "=v,v,v,0", [x, y, total], False)
 
 
-def _pointer(builder: Any, address: Any, step: Any, bytes_a_step: int) -> Any:
-    offset = builder.mul(step, _I64(bytes_a_step))
-    return builder.inttoptr(builder.add(address, offset), _I8.as_pointer())
-
-
-def _loop(builder: Any, steps: Any, start: list, body: Callable[[Any, list], list]) -> list:
+def _loop(builder: Any, steps: Any, start: list, fetch: Callable[[Any], None], body: Callable) -> list:
     """Emit ``for step in range(steps): sums = body(step, sums)``; return the vectors of lane sums."""
     before = builder.basic_block
     head, inside, done = (builder.append_basic_block(f"dots.{name}") for name in ("head", "body", "done"))
@@ -260,46 +232,42 @@ def _loop(builder: Any, steps: Any, start: list, body: Callable[[Any, list], lis
         total.add_incoming(vector, before)
     builder.cbranch(builder.icmp_signed("<", step, steps), inside, done)
     builder.position_at_end(inside)
-    for total, after in zip(sums, body(step, sums), strict=True):
-        total.add_incoming(after, inside)
-    step.add_incoming(builder.add(step, _I64(1)), inside)
+    fetch(step)
+    after = body(step, sums)
+    for total, new in zip(sums, after, strict=True):
+        total.add_incoming(new, builder.block)
+    step.add_incoming(builder.add(step, _I64(1)), builder.block)
     builder.branch(head)
     builder.position_at_end(done)
     return sums
 
 
-def _add_lanes(builder: Any, vectors: list) -> Any:
-    """Return a vector that starts with the sums of the vectors: lanes l and l + 8 are added, then l + 4, l + 2, l + 1.
+def _add_lanes(builder: Any, vectors: list) -> list:
+    """Return (first, vector) for every 16 vectors: one that starts with their sums.
 
-    Two vectors share each addition: of both, the lower halves of all segments in one vector, the upper ones in another.
-    The last vector left shares with itself.
+    Lanes l and l + 8 are added, then l + 4, l + 2, l + 1.  Two vectors share each addition, a blend and one exchange of
+    lanes: the lanes without the bit that tells the two summands apart get the first vector, those with it the second.
+    So the place of a sum is its number with the bits turned round.  A lone vector shares with itself.
     """
-    segment = LANES
     add = builder.fadd if vectors[0].type == _FLOATS else builder.add
-    while segment > 1:
-        half = segment // 2
-        lower = [s + i for s in range(0, 2 * LANES, segment) for i in range(half)]
-        upper = [lane + half for lane in lower]
-        pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [(vectors[0], vectors[0])]
-        vectors = [add(*(builder.shuffle_vector(x, y, _indices(lanes)) for lanes in (lower, upper))) for x, y in pairs]
-        segment = half
-    return vectors[0]
+    totals = []
+    for first in range(0, len(vectors), LANES):
+        part = vectors[first : first + LANES]
+        size = 1 << (len(part) - 1).bit_length()
+        bits = size.bit_length() - 1
+        part = [part[min(number, len(part) - 1)] for number in range(size)]
+        part = [part[_turned_bits(i, bits)] for i in range(size)]
+        half = LANES // 2
+        while half:
+            own = [lane if not lane & half else LANES + lane for lane in range(LANES)]
+            other = [lane ^ half if not lane & half else LANES + (lane ^ half) for lane in range(LANES)]
+            pairs = zip(part[::2], part[1::2], strict=True) if len(part) > 1 else [(part[0], part[0])]
+            part = [add(*(builder.shuffle_vector(x, y, _indices(lanes)) for lanes in (own, other))) for x, y in pairs]
+            half //= 2
+        spread = [lane * (LANES // size) % LANES for lane in range(LANES)]
+        totals.append((first, part[0] if size == LANES else builder.shuffle_vector(part[0], part[0], _indices(spread))))
+    return totals
 
 
-@intrinsic
-def widen(typingctx: Any, w: Any, start: Any, kind: Any, steps: Any, out: Any, to: Any) -> Any:
-    """Write ``steps * 16`` weights of the kind as float32 to ``out[to:]`` (flat); w is an address, start in bytes."""
-    signature = types.void(types.int64, types.int64, kind, types.int64, out, types.int64)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        number = sig.args[2].count - 1
-        bytes_a_step = LANES // 2 if number in PACKED else LANES * _BYTES[number]
-        source = builder.inttoptr(builder.add(args[0], args[1]), _I8.as_pointer())
-        target = builder.gep(context.make_array(sig.args[4])(context, builder, args[4]).data, [args[5]])
-        with cgutils.for_range(builder, args[3], intp=_I64) as loop:
-            value = _LOADS[number](builder, builder.gep(source, [builder.mul(loop.index, _I64(bytes_a_step))]))
-            pointer = builder.gep(target, [builder.mul(loop.index, _I64(LANES))])
-            builder.store(value, builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return signature, codegen
+def _turned_bits(number: int, bits: int) -> int:
+    return int(f"{number:0{bits}b}"[::-1], 2) if bits else 0

@@ -12,11 +12,30 @@ from typing import Any
 import numpy as np
 
 from pymoe.device.numba_cpu import jit
-from pymoe.ops.grouped_gemm._numba_tiles_ir import SIDE, TILE_BYTES, configure, release, tile_products, transpose
-from pymoe.ops.grouped_gemm._numba_units import FEATURES, ROWS, last_feature, last_row, most_rows, narrow_row, scale_at
+from pymoe.ops.grouped_gemm._numba_tiles_ir import (
+    INT8_QUADS,
+    SIDE,
+    TILE_BYTES,
+    add_scaled,
+    configure,
+    release,
+    tile_products,
+    transpose,
+)
+from pymoe.ops.grouped_gemm._numba_units import (
+    FEATURES,
+    ROWS,
+    decode_rows,
+    last_feature,
+    last_row,
+    lines,
+    most_rows,
+    scale_at,
+)
 
 Array = Any
 
+_QUADS = len(INT8_QUADS)
 _TILE = TILE_BYTES // 4
 _SUMS = 4 * _TILE
 _STRIP = 4
@@ -47,11 +66,13 @@ def multiply_tiles(start, stop, kind, straight, task, out):
     units, offsets, gather, x, codes, layout, scaling, factors = task
     N, width = out.shape[1], layout.stride
     most = most_rows(start, stop, units, offsets)
-    packed, panel = _lines(-(-most // SIDE) * SIDE * width), _lines(FEATURES * width)
+    # Decoded features that lie a whole page apart would share one set of the first-level cache.
+    panel_width = width + 64
+    packed, panel = lines(-(-most // SIDE) * SIDE * width), lines(FEATURES * panel_width)
     panel[:] = 0
-    row = np.zeros(layout.padded * layout.groups, np.float32)
     blocks = -(-most // (2 * SIDE))
-    sums, partial = _lines(4 * blocks * _STRIP * _SUMS).view(np.float32), _lines(4 * _SUMS).view(np.float32)
+    sums, partial = lines(4 * blocks * _STRIP * _SUMS).view(np.float32), lines(4 * _SUMS).view(np.float32)
+    group_factors = np.ones(2 * SIDE, np.float32), np.ones(FEATURES, np.float32)
     spare = np.empty(N + SIDE * SIDE, np.float32)
     zeros = np.zeros(width, np.uint8)
     sources, targets = np.empty(SIDE, np.int64), np.empty(SIDE, np.int64)
@@ -65,31 +86,15 @@ def multiply_tiles(start, stop, kind, straight, task, out):
             packed_row = row0
         for n0 in range(strip, end, FEATURES):
             n1 = last_feature(n0, N)
-            w, ahead = np.int64(panel.ctypes.data), 0
+            w, w_row, ahead = np.int64(panel.ctypes.data), panel_width, 0
             if straight and n1 - n0 == FEATURES:
-                w = codes.address + (e * N + n0) * width
+                w, w_row = codes.address + (e * N + n0) * width, width
                 ahead = w + FEATURES * width
             else:
-                for n in range(n0, n1):
-                    narrow_row(len(kind) == 2, panel, (n - n0) * width, row, task, e, n, N)
+                decode_rows(kind, w, w_row, (codes, layout, scaling), e, n0, n1, N)
             part = sums[(n0 - strip) // FEATURES * blocks * _SUMS :]
-            _sum(
-                kind,
-                w,
-                ahead,
-                packed.ctypes.data,
-                layout,
-                scaling,
-                factors,
-                gather,
-                e,
-                n0,
-                n1,
-                row0,
-                row1,
-                part,
-                partial,
-            )
+            place = (e, n0, n1, row0, row1)
+            _sum(kind, (w, w_row), ahead, packed.ctypes.data, place, task, part, partial, group_factors)
         # A row's features of a whole strip are written together: its lines lie in one page.
         for first in range(row0, row1, 2 * SIDE):
             count = min(row1 - first, 2 * SIDE)
@@ -105,14 +110,6 @@ def multiply_tiles(start, stop, kind, straight, task, out):
     release()
 
 
-@jit
-def _lines(size):
-    """Return `size` bytes from the start of a cache line on: a row of a tile that lies in two lines costs two loads."""
-    memory = np.empty(size + 64, np.uint8)
-    first = -np.int64(memory.ctypes.data) % 64
-    return memory[first : first + size]
-
-
 @jit(inline="always")
 def _pack(packed, x, width, gather, row0, row1, zeros, sources, targets):
     """Write the rows in blocks of 16, dword by dword; rows that a block lacks are zeros."""
@@ -126,56 +123,58 @@ def _pack(packed, x, width, gather, row0, row1, zeros, sources, targets):
 
 
 @jit(inline="always")
-def _sum(kind, w, ahead, packed, layout, scaling, factors, gather, e, n0, n1, row0, row1, sums, partial):
+def _sum(kind, w, ahead, packed, place, task, sums, partial, group_factors):
     """Leave the sums of all rows of the unit, 32 rows by 32 features after each other.
 
     A group of scales, or as much of k as leaves the weights in the first-level cache, goes through all rows before the
     next one.
     """
+    e, n0, n1, row0, row1 = place
+    layout, factors, (of_rows, of_features) = task.layout, task.factors, group_factors
     width = layout.stride
-    group = layout.padded * (2 if len(kind) == 1 else 1)
+    group = layout.padded * (1 if len(kind) == _QUADS else 2)
     part = group if factors.in_groups else _PART_BYTES
     for k in range(0, width, part):
         steps = min(part, width - k) // 64
+        if factors.in_groups:
+            _feature_scales(of_features, task.scaling, e, n0, n1, k // group)
         for first in range(row0, row1, 2 * SIDE):
             x = packed + (first - row0) * width + SIDE * k
             x_block = SIDE * width if row1 - first > SIDE else 0
             fetched = ahead + FEATURES * k if ahead != 0 and first == row0 else 0
-            at = (first - row0) // (2 * SIDE) * _SUMS
+            to = sums.ctypes.data + 4 * ((first - row0) // (2 * SIDE) * _SUMS)
             if factors.in_groups:
-                tile_products(kind, (w + k, width), (x, x_block), steps, fetched, False, partial.ctypes.data)
-                place = (e, n0, n1, first, min(row1 - first, 2 * SIDE), k // group)
-                _add_group(kind, sums[at : at + _SUMS], partial, scaling, factors, gather, place)
+                tile_products(kind, (w[0] + k, w[1]), (x, x_block), steps, fetched, False, partial.ctypes.data)
+                count = min(row1 - first, 2 * SIDE)
+                if factors.has_rows:
+                    for m in range(count):
+                        of_rows[m] = factors.rows[task.gather[first + m], k // group]
+                where = (
+                    to,
+                    np.int64(partial.ctypes.data),
+                    np.int64(of_rows.ctypes.data),
+                    np.int64(of_features.ctypes.data),
+                )
+                add_scaled(kind, where, n1 - n0, 2 if count > SIDE else 1, k > 0)
             else:
-                tile_products(kind, (w + k, width), (x, x_block), steps, fetched, k > 0, sums.ctypes.data + 4 * at)
+                tile_products(kind, (w[0] + k, w[1]), (x, x_block), steps, fetched, k > 0, to)
 
 
 @jit
-def _add_group(kind, sums, partial, scaling, factors, gather, place):
-    """Add the partial sums of a group of k, scaled, to `sums`, which the first group fills."""
-    e, n0, n1, first, count, g = place
-    if len(kind) == 2:
-        integers = partial.view(np.int32)
-        for i in range(partial.size):
-            partial[i] = np.float32(integers[i])
-    row_factors = np.ones(2 * SIDE, np.float32)
-    if factors.has_rows:
-        for m in range(count):
-            row_factors[m] = factors.rows[gather[first + m], g]
-    if g == 0:
-        sums[:] = np.float32(0)
-    for n in range(n1 - n0):
-        scale = scale_at(scaling.scale, scaling.table, e, (n0 + n) // scaling.bn, g)
-        for j in range(2):
-            at = (2 * (n // SIDE) + j) * _TILE + n % SIDE * SIDE
-            for m in range(SIDE):
-                sums[at + m] += partial[at + m] * (row_factors[SIDE * j + m] * scale)
+def _feature_scales(scales, scaling, e, n0, n1, g):
+    """Write the scales of a group of k."""
+    row, inside = n0 // scaling.bn, n0 % scaling.bn
+    for i in range(n1 - n0):
+        scales[i] = scale_at(scaling.scale, scaling.table, e, row, g)
+        inside += 1
+        if inside == scaling.bn:
+            row, inside = row + 1, 0
 
 
 @jit(inline="always")
 def _scale(kind, sums, factors, gather, e, n0, n1, first, count):
     """Multiply by the row's factor, then by the feature's, then add the bias."""
-    if len(kind) == 2 and not factors.in_groups:
+    if len(kind) == _QUADS and not factors.in_groups:
         integers = sums.view(np.int32)
         for i in range(sums.size):
             sums[i] = np.float32(integers[i])

@@ -13,12 +13,14 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from pymoe.ops.grouped_gemm._lanes import PAIRS, QUADS
+
 SIDE = 16
 TILE_BYTES = 1024
 
-BFLOAT16_PAIRS, INT8_QUADS = (0,), (0, 0)
+BFLOAT16_PAIRS, INT8_QUADS = (0,) * (PAIRS + 1), (0,) * (QUADS + 1)
 """What a dword of a tile holds: handed to kernels as a tuple, because Numba compiles one version for each type."""
-_PRODUCTS = {1: "llvm.x86.tdpbf16ps", 2: "llvm.x86.tdpbssd"}
+_PRODUCTS = {PAIRS + 1: "llvm.x86.tdpbf16ps", QUADS + 1: "llvm.x86.tdpbssd"}
 
 _I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 _POINTER = _I8.as_pointer()
@@ -128,6 +130,45 @@ def _products(
     for i, j in sum_tiles:
         target = _at(builder, sums, _I64((2 * i + j) * TILE_BYTES))
         _call(builder, "llvm.x86.tilestored64", _I8(2 * i + j), target, row_bytes)
+
+
+@intrinsic
+def add_scaled(typingctx: Any, kind: Any, where: Any, count: Any, blocks: Any, adds: Any) -> Any:
+    """Add ``partial * (row * feature)`` to the sums of `count` features by `blocks` of 16 rows; to 0 unless `adds`.
+
+    `where` holds the addresses of the sums and the partial sums, tiles like those of `tile_products`, and of the
+    factors of 32 rows and of the features.
+    """
+    four = types.UniTuple(types.int64, 4)  # type: ignore[attr-defined]
+    signature = types.void(kind, four, types.int64, types.int64, types.boolean)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        sums, partial, rows, features = (builder.extract_value(args[1], i) for i in range(4))
+        floats = ir.VectorType(ir.FloatType(), SIDE)
+
+        def pointer(address: Any, index: Any, pointee: Any) -> Any:
+            return builder.gep(builder.inttoptr(address, pointee.as_pointer()), [index])
+
+        for j in range(2):
+            with builder.if_then(builder.icmp_signed(">", args[3], _I64(j))):
+                row = builder.load(pointer(rows, _I64(j), floats), align=4)
+                with cgutils.for_range(builder, args[2], intp=_I64) as loop:
+                    n = loop.index
+                    feature = builder.load(pointer(features, n, ir.FloatType()))
+                    # Features 16.. stand in the tiles 2 and 3, rows 16.. in 1 and 3.
+                    at = builder.add(builder.add(n, builder.and_(n, _I64(SIDE))), _I64(SIDE * j))
+                    value = builder.load(pointer(partial, at, _DWORDS), align=4)
+                    is_integer = sig.args[0].count == QUADS + 1
+                    value = builder.sitofp(value, floats) if is_integer else builder.bitcast(value, floats)
+                    first = builder.insert_element(ir.Constant(floats, ir.Undefined), feature, _I32(0))
+                    both = builder.shuffle_vector(first, first, ir.Constant(_DWORDS, [0] * SIDE))
+                    target = pointer(sums, at, floats)
+                    before = builder.select(args[4], builder.load(target, align=4), ir.Constant(floats, [0.0] * SIDE))
+                    value = builder.fmul(value, builder.fmul(row, both))
+                    builder.store(builder.fadd(before, value), target, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 @intrinsic

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymoe.device.numba_cpu import jit
-from pymoe.ops.grouped_gemm._lanes import LANES, widen
+from pymoe.ops.grouped_gemm._lanes import FLOAT32, LANES, QUADS
+from pymoe.ops.grouped_gemm._numba_codes_ir import convert, copy
 
 Array = Any
 
@@ -15,12 +16,13 @@ FEATURES = 32
 """Output features of a unit: 32 rows of K floats stay in the second-level cache up to K = 8192."""
 ROWS = 256
 """Rows of a unit at most: one busy expert still feeds all cores."""
+_FLOAT32, _QUADS = FLOAT32 + 1, QUADS + 1
 
 
 class Layout(NamedTuple):
     """How k is cut: groups of `group`, each padded to `padded` with zeros; rows `stride` apart.
 
-    `padded` is a multiple of what the kernel takes at a time.  `stride` counts what the kernel counts.
+    `padded` is a multiple of what the kernel takes at a time.  `stride` counts bytes, the others elements.
     """
 
     K: int
@@ -31,13 +33,11 @@ class Layout(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Weights as they lie in memory, flat, their address and kind, and the table of code values for tails."""
+    """Weights as they lie in memory: their address, their kind, and the bytes of a unit of 16 of them."""
 
-    flat: Array
     address: int
     kind: tuple[int, ...]
-    per_byte: int
-    table: Array
+    unit_bytes: int
 
 
 class Scaling(NamedTuple):
@@ -99,34 +99,6 @@ def list_units(start, stop, expert_offsets, N, width, units, count):
     count[0] = n
 
 
-@jit
-def pad_rows(start, stop, rows, shift, layout, flat):
-    """Copy the bits of rows ``start:stop``, shifted left, to ``flat``, every group padded by zeros."""
-    for r in range(start, stop):
-        to = flat[r * layout.stride : (r + 1) * layout.stride]
-        for g in range(layout.groups):
-            first, place = g * layout.group, g * layout.padded
-            width = min(layout.group, layout.K - first)
-            for k in range(width):
-                to[place + k] = np.int64(rows[r, first + k]) << shift
-            for k in range(width, layout.padded):
-                to[place + k] = 0
-
-
-@jit
-def decode_rows(start, stop, rows, table, layout, flat):
-    """Write the numbers of the codes in rows ``start:stop`` to ``flat``, every group padded by zeros."""
-    for r in range(start, stop):
-        to = flat[r * layout.stride : (r + 1) * layout.stride]
-        for g in range(layout.groups):
-            first, place = g * layout.group, g * layout.padded
-            width = min(layout.group, layout.K - first)
-            for k in range(width):
-                to[place + k] = table[rows[r, first + k]]
-            for k in range(width, layout.padded):
-                to[place + k] = 0
-
-
 @jit(inline="always")
 def last_feature(n0, N):
     return min(n0 + FEATURES, N)
@@ -152,20 +124,34 @@ def scale_at(scale, table, e, row, g):
 
 
 @jit
-def widen_row(to, at, task, e, n, N):
-    """Write row n of expert e as float32, group by group, less zero points, scaled where the sums do not do it."""
-    codes, layout, scaling = task.codes, task.layout, task.scaling
-    for g in range(layout.groups):
-        k0, k1 = g * layout.group, min((g + 1) * layout.group, layout.K)
-        first, place = (e * N + n) * layout.K + k0, at + g * layout.padded
-        whole = (k1 - k0) // LANES
-        widen(codes.address, first * codes.flat.itemsize // codes.per_byte, codes.kind, whole, to, place)
-        for k in range(whole * LANES, k1 - k0):
-            to[place + k] = _one(codes, first + k)
-    if scaling.before or scaling.zp_kind:
+def lines(size):
+    """Return `size` bytes of memory from the start of a cache line on: what lies in two lines costs two loads."""
+    memory = np.empty(size + 64, np.uint8)
+    first = -np.int64(memory.ctypes.data) % 64
+    return memory[first : first + size]
+
+
+@jit
+def decode_rows(form, to, width, source, e, n0, n1, N):
+    """Write features ``n0:n1`` of expert e to the address `to`, `width` bytes apart: less zero points, and scaled where
+    the sums are not.
+
+    `source` holds codes, layout and scaling.  Where a group is padded, zeros have to stand already.
+    """
+    codes, layout, scaling = source
+    item = 4 if len(form) == _FLOAT32 else (1 if len(form) == _QUADS else 2)
+    step = LANES if len(form) == _QUADS else 64
+    adjusts = scaling.before or scaling.zp_kind != 0
+    pieces, extent = (scaling.scale.shape[2], scaling.bk) if adjusts else (layout.groups, layout.group)
+    # The sums are in groups of the scales, or in none.
+    apart = (layout.padded if layout.groups > 1 else extent) * item
+    row_bytes, piece_bytes = layout.K * codes.unit_bytes // LANES, extent * codes.unit_bytes // LANES
+    units, last = extent // LANES, layout.K - (pieces - 1) * extent
+    for n in range(n0, n1):
+        here, target = codes.address + (e * N + n) * row_bytes, to + (n - n0) * width
         row = n // scaling.bn
-        for g in range(scaling.scale.shape[2]):
-            scale, zero = np.float32(1), np.float32(0)
+        for g in range(pieces):
+            zero, scale = np.float32(0), np.float32(1)
             if scaling.before:
                 scale = scale_at(scaling.scale, scaling.table, e, row, g)
             if scaling.zp_kind == 1:
@@ -173,38 +159,29 @@ def widen_row(to, at, task, e, n, N):
             elif scaling.zp_kind == 2:
                 byte = np.int64(scaling.zp[e, n >> 1, g])
                 zero = np.float32((byte >> 4) if n & 1 else (byte & 15))
-            # The sums are in groups of the scales, or in none.
-            first = at + g * (layout.padded if layout.groups > 1 else scaling.bk)
-            for k in range(first, first + min(scaling.bk, layout.K - g * scaling.bk)):
-                to[k] = (to[k] - zero) * scale
+            whole = units if g < pieces - 1 else last // LANES
+            convert(form, codes.kind, here, whole, target, step, zero, scale)
+            rest = (extent if g < pieces - 1 else last) - whole * LANES
+            if rest > 0:
+                done = whole * codes.unit_bytes
+                _decode_tail(form, codes, here + done, rest, target + whole * LANES * item, (item, step), (zero, scale))
+            here += piece_bytes
+            target += apart
 
 
 @jit
-def narrow_row(integers, to, at, row, task, e, n, N):
-    """Write row n of expert e to the bytes ``to[at:]`` as bfloat16, or as int8 where that is what `integers` lie in.
-
-    `row` is float32 memory for a row, zero where groups are padded.
-    """
-    if integers:
-        codes, layout = task.codes, task.layout
-        for g in range(layout.groups):
-            k0, k1 = g * layout.group, min((g + 1) * layout.group, layout.K)
-            first = (e * N + n) * layout.K + k0
-            for k in range(k1 - k0):
-                to[at + g * layout.padded + k] = codes.flat[first + k]
-        return
-    widen_row(row, 0, task, e, n, N)
-    bits, line = row.view(np.uint32), to[at : at + 2 * row.size].view(np.uint16)
-    for k in range(row.size):
-        line[k] = bits[k] >> np.uint32(16)
+def decode_tokens(start, stop, form, rows, source, flat):
+    """Write rows ``start:stop`` to `flat` as `decode_rows` does features; both are bytes, those of padding zero."""
+    codes, layout, scaling = source
+    here = Codes(rows.ctypes.data, codes.kind, codes.unit_bytes), layout, scaling
+    decode_rows(form, flat.ctypes.data + start * layout.stride, layout.stride, here, 0, start, stop, 0)
 
 
 @jit
-def _one(codes, at):
-    """Return one weight by its table, for the tail of a row."""
-    if codes.per_byte == 2:
-        byte = np.int64(codes.flat[at >> 1])
-        return codes.table[(byte >> 4) if at & 1 else (byte & 15)]
-    if codes.table.shape[0] > 1:
-        return codes.table[np.int64(codes.flat[at])]
-    return np.float32(codes.flat[at])
+def _decode_tail(form, codes, source, count, target, sizes, adjustment):
+    """Write less than a unit, by way of memory that has room for a whole one."""
+    tail = np.zeros(2 * 64, np.uint8)
+    here = np.int64(tail.ctypes.data)
+    copy(source, here, (count * codes.unit_bytes + LANES - 1) // LANES)
+    convert(form, codes.kind, here, 1, here + 64, sizes[1], adjustment[0], adjustment[1])
+    copy(here + 64, target, count * sizes[0])

@@ -48,23 +48,9 @@ class Rows(NamedTuple):
                     values[:, g * extent : (g + 1) * extent] *= self.factors[:, g : g + 1]
         return values
 
-    def as_bfloat16(self) -> Array | None:
-        """Return the bits of (rows, K) in bfloat16, uint16, where that is exact; else None."""
-        if self.key is None:
-            return self.values.view(np.uint16) if self.values.dtype == BFLOAT16 else None
-        if not self.by_value:
-            return _upper_half(code_table(self.key.dtype))[self._codes()]
-        if self.key.scale.dtype != "e8m0":
-            return None
-        return _upper_half(self.as_float32())
-
     def _codes(self) -> Array:
         codes = self.values.view(np.uint8)
         return unpack_nibbles(codes) if self.key is not None and self.key.is_packed else codes
-
-
-def _upper_half(values: Array) -> Array:
-    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def group_of(rows: Rows, w: WeightOperand) -> int:
