@@ -25,9 +25,9 @@ __device__ __forceinline__ float divide_wide(float a, float b) {
 }
 
 __device__ __forceinline__ float divide(float a, float b) {
-    constexpr uint32 kLeast = 67, kCount = 121;  // biased exponents of 2^-60..2^60
-    const uint32 exponent_a = __float_as_uint(a) << 1 >> 24, exponent_b = __float_as_uint(b) << 1 >> 24;
-    if (exponent_a - kLeast >= kCount || exponent_b - kLeast >= kCount) return divide_wide(a, b);
+    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+    const float size_a = fabsf(a), size_b = fabsf(b);
+    if (!(size_a >= kLeast && size_a <= kMost && size_b >= kLeast && size_b <= kMost)) return divide_wide(a, b);
     float y = ptx::rcp_approx(b);
     y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
     float q = __fmul_rn(a, y);
@@ -46,9 +46,9 @@ __device__ __forceinline__ float square_root(float x) {
     return m == 0.0f || m == __int_as_float(0x7f800000) ? x : tiny ? root * 0x1p-32f : root;
 }
 
-// 2^n of a whole n in -126..127.
-__device__ __forceinline__ float power_of_two(float n) {
-    return __uint_as_float((__float_as_uint(__fadd_rn(n, 12582912.0f)) << 23) + 0x3f800000u);
+// 2^n of 1.5 * 2^23 + n, whose lowest bits are those of a whole n in -126..127.
+__device__ __forceinline__ float power_of_two(float sum) {
+    return __uint_as_float((__float_as_uint(sum) << 23) + 0x3f800000u);
 }
 
 // n of x = m * 2^n with m in [1, 2), and that m; x is positive and not subnormal.

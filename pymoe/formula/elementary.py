@@ -67,8 +67,7 @@ def exp(x: Value) -> Value:
 def expm1(x: Value) -> Value:
     """exp(x) - 1 without cancellation for small x."""
     rest, n = _reduce(_within(x, -30.0, _EXP_MOST), 0.0)
-    half = floor(n * 0.5)
-    scale, again = _power_of_two(half), _power_of_two(n - half)
+    scale, again = _two_to(n)
     small = fma(rest, scale * again, fma(scale, again, -1.0))
     return select(_either(x < -20.0, x > 80.0), exp(x) - 1.0, select(x == 0.0, x, small))
 
@@ -137,8 +136,8 @@ def _exp(x: Value, more: Any) -> Value:
     """exp(x + more), where `more` is far below x."""
     x = _within(x, _EXP_LEAST, _EXP_MOST)
     rest, n = _reduce(x, more)
-    half = floor(n * 0.5)  # 2**n itself may be no float32
-    return (1.0 + rest) * _power_of_two(half) * _power_of_two(n - half)
+    scale, again = _two_to(n)
+    return (1.0 + rest) * scale * again
 
 
 def _reduce(x: Value, more: Any) -> tuple[Value, Value]:
@@ -189,8 +188,11 @@ def _within(x: Value, least: float, most: float) -> Value:
     return select(x < least, least, x)
 
 
-def _power_of_two(n: Value) -> Value:
-    return n.builder.step("power_of_two", n)
+def _two_to(n: Value) -> tuple[Value, Value]:
+    """Return two factors of 2**n, which itself may be no float32."""
+    half = fma(n, 0.5, _ROUND)
+    step = n.builder.step
+    return step("power_of_two", half), step("power_of_two", (n - (half - _ROUND)) + _ROUND)
 
 
 def _signed(magnitude: Value, x: Value) -> Value:

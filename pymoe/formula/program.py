@@ -14,7 +14,8 @@ __all__ = ["OPERATIONS", "Program", "TooLong", "Value", "float32", "spell"]
 OPERATIONS = {
     "add": "sum", "sub": "difference", "mul": "product", "div": "quotient", "fma": "a * b + c, rounded once",
     "neg": "the other sign", "abs": "without sign", "sqrt": "square root", "floor": "largest whole number not above",
-    "power_of_two": "2**n of a whole n in -126..127", "exponent": "n of m * 2**n, m in [1, 2), of a positive normal",
+    "power_of_two": "2**n of 1.5 * 2**23 + n, n whole in -126..127",
+    "exponent": "n of m * 2**n, m in [1, 2), of a positive normal",
     "mantissa": "m of the same", "lt": "<", "le": "<=", "eq": "==", "ne": "!=", "and": "both", "or": "one or both",
     "not": "the other", "select": "the second where the first is true, else the third",
 }  # fmt: skip

@@ -19,7 +19,7 @@ from pymoe.contracts import (
     FusedMoEPrepareAndFinalizeModular,
     FusedMoEPrepareAndFinalizeMonolithic,
 )
-from pymoe.device.arrays import as_array, as_given, device_of, is_cuda, namespace
+from pymoe.device.arrays import as_array, as_given, as_it_came, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, UnsupportedError, complaint
 from pymoe.kernel.modular import FusedMoEKernelModularImpl
 from pymoe.kernel.monolithic import FusedMoEKernelMonolithicImpl
@@ -138,6 +138,7 @@ class FusedMoEKernel:
         )
         if out is None:
             return as_given(y, hidden_states)
+        out = as_it_came(out)
         return (as_given(y[0], hidden_states), out) if isinstance(y, tuple) else out
 
     @guarded

@@ -12,7 +12,7 @@ from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.config import FusedMoEConfig, RoutingConfig, resolve_activation
 from pymoe.dense import Gate, SharedExperts, add_shared
-from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, device_of, is_cuda, namespace
+from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, as_it_came, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, complaint
 from pymoe.kernel import FusedMoEKernel
 from pymoe.layer.arguments import arrays_of, gate_of, most_tokens, routing_of, settings_of, topk_of
@@ -268,7 +268,7 @@ class MoELayer:
             y = self._run(call, self._kernel(x.dtype)[0], x, weights, ids, shared_experts_input, target)
             # Counted when asked for; the caller's own ids may have changed by then.
             ids = ids if topk_ids is None else ids.copy()
-        return (as_given(y, hidden_states) if out is None else out), ids
+        return (as_given(y, hidden_states) if out is None else as_it_came(out)), ids
 
     def _run(
         self, call: str, kernel: FusedMoEKernel, x: Array, weights: Array, ids: Array, shared_input: Any, out: Any

@@ -86,7 +86,7 @@ _inlined = jit(inline="always")
 
 @_inlined
 def _power_of_two(n):
-    bits = np.float32(n + np.float32(12582912.0)).view(np.uint32)
+    bits = np.float32(n).view(np.uint32)
     return np.uint32((bits << np.uint32(23)) + np.uint32(0x3F800000)).view(np.float32)
 
 

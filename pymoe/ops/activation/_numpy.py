@@ -140,7 +140,7 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def _power_of_two(n: Array) -> Array:
-    bits = np.asarray(n + np.float32(12582912.0)).view(np.uint32)
+    bits = np.asarray(n).view(np.uint32)
     return ((bits << np.uint32(23)) + np.uint32(0x3F800000)).view(np.float32)
 
 
