@@ -33,6 +33,19 @@ def why_not_two_gpus() -> str:
     return "" if count > 1 else "CuPy finds one CUDA device only"
 
 
+@lru_cache(maxsize=8)
+def compile_gemms(activation) -> None:
+    """Compile every GEMM with a user's activation, many at a time: tests that ask one by one wait a second for each."""
+    from pymoe import ActivationConfig
+    from pymoe.device.arch import current_arch
+    from pymoe.device.jit import compile_all
+    from pymoe.device.own_activation import with_activation
+    from pymoe.ops.grouped_gemm._cuda_instances import all_instances
+
+    arch, config = current_arch(), ActivationConfig(activation)
+    compile_all([with_activation(i.kernel, config) for i in all_instances(arch)], arch, os.cpu_count())
+
+
 def dirty_pool(fill: int, nbytes: int = 1 << 28) -> None:
     """Fill the next `nbytes` bytes that CuPy's pool hands out on the current stream with the byte `fill`.
 

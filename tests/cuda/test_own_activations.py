@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 import pymoe
+from tests import gpu
 from tests.cuda import test_experts
 from tests.cuda.test_layer import BF16, GATE, TOPK, W1, W2, bits, layer, tokens
 from tests.cuda.test_tapes import tape_count
 from tests.cuda.transfer import to_device, to_host
 from tests.experts.test_pairs import SCHEMES, problem
+from tests.ops.test_grouped_gemm_cuda import own_gate
 
 pytestmark = pytest.mark.gpu
 
@@ -25,8 +27,9 @@ def bent(gate, up):
     return math.tanh(gate) * max(up, -0.5) if gate < 1 else math.log(gate + 1.0) * up
 
 
-SILU = pymoe.register_activation("test_gpu_silu", own_silu)
-BENT = pymoe.register_activation("test_gpu_bent", bent)
+pymoe.register_activation("test_gpu_silu", own_silu)
+GATE_OF_ALL = pymoe.register_activation("test_gpu_gate", own_gate)
+pymoe.register_activation("test_gpu_bent", bent)
 
 
 def arguments(p):
@@ -38,10 +41,10 @@ def arguments(p):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("own", [SILU, BENT], ids=lambda own: own.name)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_pair_agrees_with_the_cpu(cuda, scheme, own):
-    p = problem(scheme, activation=own, dtype=BF16, biases=True)
+def test_every_pair_agrees_with_the_cpu(cuda, scheme):
+    gpu.compile_gemms(GATE_OF_ALL)
+    p = problem(scheme, activation=GATE_OF_ALL, dtype=BF16, biases=True)
     y = to_host(pymoe.fused_experts(**arguments(p))).astype(np.float32)
     expected = pymoe.fused_experts(
         p.x, p.w1, p.w2, p.scale, p.ids, quant_config=p.quant_config, activation=p.activation
@@ -52,12 +55,13 @@ def test_every_pair_agrees_with_the_cpu(cuda, scheme, own):
 
 @pytest.mark.parametrize("scheme", ["fp32", "fp8_w8a8", "fp8_w8a8_block", "int4_w4a16", "mxfp4"])
 def test_batched_and_monolithic_equal_grouped_bit_for_bit(cuda, scheme):
-    test_experts.test_batched_and_monolithic_equal_standard_bit_for_bit(scheme, BENT)
+    gpu.compile_gemms(GATE_OF_ALL)
+    test_experts.test_batched_and_monolithic_equal_standard_bit_for_bit(scheme, GATE_OF_ALL)
 
 
 @pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "mxfp4_w4a16"])
 def test_tapes_and_graphs_give_the_bits_of_the_first_call(cuda, scheme):
-    ours = layer(scheme, gate=to_device(GATE), activation="test_gpu_bent")
+    ours = layer(scheme, gate=to_device(GATE), activation="test_gpu_gate")
     x = to_device(tokens(33))
     first = bits(ours(x))
     for _ in range(4):
@@ -72,7 +76,7 @@ def test_tapes_and_graphs_give_the_bits_of_the_first_call(cuda, scheme):
 
 def test_layers_of_different_functions_take_turns(cuda):
     """None runs the other's kernel, whose shapes and formats are the same."""
-    names = ["test_gpu_bent", "test_gpu_silu", "silu"]
+    names = ["test_gpu_gate", "test_gpu_bent", "silu"]
     layers = {name: layer(gate=to_device(GATE), activation=name) for name in names}
     on_cpu = {name: pymoe.MoELayer(W1, W2, topk=TOPK, gate=GATE, activation=name) for name in names}
     for turn in range(5):
