@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -22,7 +22,9 @@ from pymoe.device.arrays import namespace
 from pymoe.device.tape import current_recorder
 from pymoe.errors import ArgumentError, BackendUnavailableError, complaint
 
-__all__ = ["SIMULATED", "bits_of", "device", "everywhere", "kernel", "launch", "product", "require"]
+__all__ = [
+    "SIMULATED", "bits_of", "device", "everywhere", "floor", "fma", "kernel", "launch", "product", "require", "sqrt",
+]  # fmt: skip
 
 Array = Any
 
@@ -46,7 +48,9 @@ def numpy_with_row_stack() -> Iterator[None]:
 with numpy_with_row_stack():
     from numba import cuda
 
-    if not SIMULATED and importlib.util.find_spec("numba_cuda") is not None:
+    # Numba has an older package of its own under this name, which also stays where numba-cuda is not active.
+    _is_there = not SIMULATED and getattr(cuda, "implementation", None) == "NVIDIA"
+    if _is_there:
         importlib.import_module("numba.cuda.np.arrayobj")
 
 _lock = threading.Lock()
@@ -64,15 +68,27 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 if SIMULATED:
+    sqrt, floor = np.sqrt, np.floor
 
     @device
     def product(a, b):
         """Return ``a * b``, rounded."""
         return a * b
 
+    def fma(a, b, c):
+        """Return ``a * b + c``, rounded once: the sum of an exact product in float64 is rounded to odd first."""
+        exact = np.float64(a) * np.float64(b)
+        total = exact + np.float64(c)
+        back = total - exact
+        lost = (exact - (total - back)) + (np.float64(c) - back)
+        if np.isfinite(lost) and lost and not total.view(np.int64) & 1:
+            total = np.nextafter(total, np.inf if lost > 0 else -np.inf)
+        return np.float32(total)
+
 else:
-    # ``a * b + c`` becomes one instruction with one rounding; this product stays a product.
-    product = importlib.import_module("numba.cuda.libdevice").fmul_rn
+    _libdevice = importlib.import_module("numba.cuda.libdevice")
+    # ``a * b + c`` becomes one instruction with one rounding, unless the product is one of its own.
+    product, fma, sqrt, floor = _libdevice.fmul_rn, _libdevice.fmaf_rn, _libdevice.fsqrt_rn, _libdevice.floorf
 
 
 def require(call: str, *arrays: Array) -> None:
@@ -92,13 +108,13 @@ def require(call: str, *arrays: Array) -> None:
             if SIMULATED:
                 rule, remedy = "get NumPy arrays while a GPU is simulated", "Unset NUMBA_ENABLE_CUDASIM"
             raise ArgumentError(complaint(call, "backend", rule, "numba_cuda", remedy))
-    if not SIMULATED and importlib.util.find_spec("numba_cuda") is None:
-        rule = "be installed for the backend numba_cuda"
-        raise BackendUnavailableError(complaint(call, "numba-cuda", rule, "nothing", "Install pymoe[numba-cu13]"))
+    if not SIMULATED and not _is_there:
+        rule, got = "be installed for the backend numba_cuda", "Numba's own numba.cuda"
+        raise BackendUnavailableError(complaint(call, "numba-cuda", rule, got, "Install pymoe[numba-cu13]"))
 
 
 def launch(function: Any, grid: tuple[int, ...], threads: int | tuple[int, int], *args: Any) -> None:
-    """Queue a kernel on CuPy's current stream; an empty grid is no launch.
+    """Queue a kernel on CuPy's current stream; an empty grid is no launch.  Numba takes no array without elements.
 
     Numba would wait for the stream of every array it is handed; told not to, it need not, since all of them are used in
     the order of this one stream.
@@ -125,11 +141,19 @@ def launch(function: Any, grid: tuple[int, ...], threads: int | tuple[int, int],
 
 
 def _simulate(configured: Any, args: tuple[Any, ...]) -> None:
-    """Run a configured kernel on the host; the simulator knows one kernel at a time, and writes all arrays back."""
-    args = tuple(x.copy() if isinstance(x, np.ndarray) and not x.flags.writeable else x for x in args)
+    """Run a configured kernel on the host.
+
+    The simulator knows one kernel at a time and contiguous arrays only, and writes to all of them.
+    """
+    taken = [
+        x.copy() if isinstance(x, np.ndarray) and not (x.flags.writeable and x.flags.c_contiguous) else x for x in args
+    ]
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy's scalars, where hardware says nothing
-        configured(*args)
+        configured(*taken)
+    for given, copy in zip(args, taken, strict=True):
+        if copy is not given and given.flags.writeable:
+            given[...] = copy
 
 
 def bits_of(x: Array) -> Array:
@@ -138,6 +162,21 @@ def bits_of(x: Array) -> Array:
 
 
 def everywhere(like: Array, value: float, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return an array, beside `like`, that has `value` everywhere and one element of memory."""
-    xp = namespace(like)
-    return xp.broadcast_to(xp.full((1,) * len(shape), value, dtype), shape)
+    """Return an array, beside `like`, that has `value` everywhere: one element of memory, kept for all calls."""
+    device = None if isinstance(like, np.ndarray) else like.device.id
+    return namespace(like).broadcast_to(_constant(device, value, np.dtype(dtype)), shape)
+
+
+@lru_cache(maxsize=256)
+def _constant(device: int | None, value: float, dtype: np.dtype) -> Array:
+    """Return `value` in an array of one element, on the current device where that has a number.
+
+    Never freed, since a captured graph may read it; written before any stream can use it.
+    """
+    if device is None:
+        return np.full(1, value, dtype)
+    import cupy
+
+    made = cupy.full(1, value, dtype)
+    cupy.cuda.get_current_stream().synchronize()  # once in the life of the process; an error during a capture
+    return made

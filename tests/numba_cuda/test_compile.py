@@ -15,6 +15,7 @@ import pytest
 import pymoe
 from pymoe import NumbaCudaExperts
 from tests.experts.test_pairs import problem, standard
+from tests.numba_cuda.test_simulated import bent, bent_gate
 from tests.selection import BF16
 
 pytestmark = [
@@ -56,8 +57,8 @@ def launched():
             standard(each, NumbaCudaExperts)
         mapped = dataclasses.replace(problem(), ids=np.zeros((11, 3), np.int64))
         standard(mapped, NumbaCudaExperts, expert_map=np.arange(5, dtype=np.int32))
-        gated = pymoe.register_activation("numba_gated", lambda gate, up: max(gate, np.float32(0)) * up)
-        plain = pymoe.register_activation("numba_plain", lambda x: x * x, gated=False)
+        gated = pymoe.register_activation("numba_gated", lambda gate, up: gate * up + 1.0)
+        plain = pymoe.register_activation("numba_plain", lambda x: x * x + 1.0, gated=False)
         for each in (gated, plain):
             standard(problem(activation=each), NumbaCudaExperts)
     return found
@@ -88,12 +89,22 @@ def test_every_kernel_compiles(launched, arch, monkeypatch):
         assert f".target sm_{arch[0]}{arch[1]}" in ptx and ".visible .entry" in ptx, name
         if name == "grouped_gemm_kernel":
             assert "fma.rn.f32" in ptx and "bar.sync" in ptx and ".shared" in ptx
-        if name in ("unpermute_kernel", "quantize_groups_kernel", "activation_kernel"):
+        if name in ("unpermute_kernel", "quantize_groups_kernel", "activation_kernel", "registered_kernel"):
             # Products that are added or cut afterwards are rounded first: nothing here may be contracted.
             assert "mul.rn.f32" in ptx and "fma.rn.f32" not in ptx, name
-        assert not re.search(r"\b(add|mul|fma|div)[.\w]*\.(approx|ftz|full)[.\w]*\.f32", ptx), (
-            name
-        )  # IEEE division, subnormals kept
+        # IEEE division, and subnormals as they are.
+        assert not re.search(r"\b(add|mul|fma|div)[.\w]*\.(approx|ftz|full)[.\w]*\.f32", ptx), name
+
+
+@pytest.mark.parametrize("fn, gated", [(bent, False), (bent_gate, True)])
+def test_own_activations_are_neither_contracted_nor_widened(launched, fn, gated, monkeypatch):
+    from pymoe.ops.activation._numba_cuda_formula import kernel_of
+
+    program = pymoe.register_activation(f"numba_{fn.__name__}", fn, gated).program
+    types = next(types for kernel, types in launched if kernel.py_func.__name__ == "registered_kernel")
+    ptx = ptx_of(kernel_of(program, gated), types, (9, 0), monkeypatch)
+    assert 0 < ptx.count("fma.rn.f32") <= sum(step.operation == "fma" for step in program.steps)
+    assert ".f64" not in ptx
 
 
 def test_numpy_is_left_as_it_was():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 
 import numba
 import numpy as np
@@ -61,6 +62,7 @@ def small_and_dirty(monkeypatch):
         ("activation", "THREADS"),
     ):  # fmt: skip
         monkeypatch.setattr(importlib.import_module(f"pymoe.ops.{op}._numba_cuda"), name, 4)
+    monkeypatch.setattr(importlib.import_module("pymoe.ops.activation._numba_cuda_formula"), "THREADS", 4)
     dirt(monkeypatch, 0xFF)
 
 
@@ -79,7 +81,7 @@ def check(problem):
 
 
 def small(scheme, *, M=3, K=7, width=5, E=2, topk=2, dtype=np.float32, kind="silu", biases=True):
-    """Return a random problem that the simulator can run; blocks are 4 by 4."""
+    """Return a random problem that the simulator can run; blocks are 3 by 3, no multiple of a tile."""
     rng = np.random.default_rng(0)
     act = kind if isinstance(kind, ActivationConfig) else ActivationConfig(kind)
     N = width * (2 if act.is_gated else 1)
@@ -87,7 +89,7 @@ def small(scheme, *, M=3, K=7, width=5, E=2, topk=2, dtype=np.float32, kind="sil
     if scheme in ("none", *HIDDEN):
         w1, w2, config = w1.astype(dtype), w2.astype(dtype), pymoe.FusedMoEQuantConfig.make()
     else:
-        w1, w2, config = pymoe.quantize_experts(w1, w2, scheme, group_size=4 if "block" in scheme else None)
+        w1, w2, config = pymoe.quantize_experts(w1, w2, scheme, group_size=3 if "block" in scheme else None)
     if biases:
         b1, b2 = rng.standard_normal((E, N)).astype(np.float32), rng.standard_normal((E, K)).astype(np.float32)
         config = dataclasses.replace(
@@ -156,10 +158,21 @@ def test_every_activation_agrees_to_4_ulp(kind):
     np.testing.assert_array_equal(got[rest], expected[rest])
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_registered_activations(gated):
-    fn = (lambda gate, up: gate * up + np.float32(1)) if gated else (lambda x: x * x)
-    kind = ActivationConfig(pymoe.register_activation(f"simulated_{gated}", fn, gated))
+def bent_gate(gate, up):
+    return math.tanh(gate) * up + 0.5 if gate > 0 else math.exp(gate * 3.0 + up) / (2.0 + abs(up))
+
+
+def bent(x):
+    return math.floor(x) + math.sqrt(abs(x)) ** 1.5 - math.log(2.0 + x * x)
+
+
+@pytest.mark.parametrize("fn, gated", [(bent_gate, True), (bent, False)])
+def test_registered_activations_have_the_bits_of_the_definition(fn, gated):
+    kind = ActivationConfig(pymoe.register_activation(f"simulated_{fn.__name__}", fn, gated))
+    x = np.concatenate([[0.0, -0.0, np.inf, np.nan], np.random.default_rng(1).standard_normal(8) * 4]).astype("f4")
+    x = np.stack([x, x[::-1]])
+    expected = activation(x, kind, backend="numpy")
+    np.testing.assert_array_equal(activation(x, kind, backend="numba_cuda"), expected)
     p = small("none", kind=kind)
     expected = run(p, pymoe.NumpyReferenceExperts)
     np.testing.assert_allclose(run(p), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
@@ -222,7 +235,8 @@ def test_codes_and_scales_are_those_of_the_definition(scheme, dtype):
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.int64, np.uint64])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_permute_is_the_definition(mapped, dtype):
+def test_permute_is_the_definition(mapped, dtype, monkeypatch):
+    dirt(monkeypatch, 0x7F)
     rng = np.random.default_rng(0)
     E = 5
     ids = rng.integers(0, 7, (7, 3)).astype(dtype)

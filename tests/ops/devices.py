@@ -1,7 +1,7 @@
 """Stages as tests call them: NumPy arrays in and out, whatever computes.
 
-The same test bodies run on the host ("numpy", "numba"), on a GPU ("cuda", marked `gpu`) and, without one, on the
-kernels that g++ has compiled ("emulated", marked `compile`).
+The same test bodies run on the host ("numpy", "numba"), on a GPU ("cuda", and "numba_cuda" where Numba has kernels of
+the stage, marked `gpu`) and, without one, on the kernels that g++ has compiled ("emulated", marked `compile`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ DEVICES = (
     pytest.param("cuda", marks=pytest.mark.gpu),
 )
 BACKENDS = (*HOST, *DEVICES)
-ON_DEVICE = ("emulated", "cuda")
+PORTABLE = (*BACKENDS, pytest.param("numba_cuda", marks=pytest.mark.gpu))
+"""For stages, or parts of one, that Numba's kernels compute too."""
+ON_GPU = ("cuda", "numba_cuda")
+ON_DEVICE = ("emulated", *ON_GPU)
 
 current: str | None = None
 """The backend of calls that name none; tests set it with `monkeypatch`."""
@@ -49,9 +52,12 @@ def staged(function):
             if "backend" in own:
                 kwargs["backend"] = backend
             return function(*args, **kwargs)
-        send, fetch, out = (to_cupy, from_cupy, kwargs.get("out")) if backend == "cuda" else (_as_it_is, _kept, None)
+        on_gpu = backend in ON_GPU
+        send, fetch, out = (to_cupy, from_cupy, kwargs.get("out")) if on_gpu else (_as_it_is, _kept, None)
         args = [_sent(x, send) for x in args]
         kwargs = {name: _sent(x, send) for name, x in kwargs.items()}
+        if backend == "numba_cuda" and "backend" in own:
+            kwargs["backend"] = backend
         if backend == "emulated":
             with emulation():
                 return _fetched(function(*args, **kwargs), fetch)

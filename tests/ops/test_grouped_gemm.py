@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import pymoe
-from pymoe import ArgumentError, DTypeError, ShapeError, ops
+from pymoe import ArgumentError, DTypeError, ShapeError, UnsupportedError, ops
 from pymoe.codec.weights import WeightOperand
 from tests.ops import devices
 
 grouped_gemm = devices.staged(ops.grouped_gemm)
-BACKENDS = devices.BACKENDS
+BACKENDS, PORTABLE = devices.BACKENDS, devices.PORTABLE
 BF16 = ml_dtypes.bfloat16
 SCHEMES = [
     "fp8_w8a8", "fp8_w8a8_tensor", "fp8_w8a8_tensor_token", "fp8_w8a8_block", "fp8_w8a8_block_ue8m0", "fp8_w8a16",
@@ -40,7 +40,7 @@ def loops(a, w, offsets, gather=None):
     return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize(
     "E, N, K, P",
@@ -55,7 +55,7 @@ def test_exact_integers_bit_for_bit(backend, dtype, E, N, K, P):
     np.testing.assert_array_equal(y, loops(a, w, offsets))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_gather_reads_the_named_rows(backend):
     w, a, offsets = integers((3, 6, 20), 1), integers((4, 20), 2), offsets_for(3, 11)
     gather = np.random.default_rng(5).integers(0, 4, 11)
@@ -63,7 +63,7 @@ def test_gather_reads_the_named_rows(backend):
     np.testing.assert_array_equal(y, loops(a, w, offsets, gather))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_A9_every_position_of_idle_experts(backend):
     w, a = integers((4, 6, 20), 1), integers((3, 20), 2)
     for busy in range(16):
@@ -94,11 +94,15 @@ def quantized(scheme, E=3, N=64, K=256, P=23, seed=0):
     return codes, scale, config.activation_key, operand, exact, values
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_pair_against_float64_on_the_dequantized_operands(backend, scheme):
     codes, scale, key, operand, x, w = quantized(scheme)
     offsets = offsets_for(3, 23)
+    if backend == "numba_cuda" and not scheme.startswith(("fp8", "int8_w8a8")):
+        with pytest.raises(UnsupportedError, match="backend must be another for this pair; got numba_cuda for"):
+            grouped_gemm(codes, operand, offsets, a_scale=scale, a_key=key, backend=backend)
+        return
     y = grouped_gemm(codes, operand, offsets, a_scale=scale, a_key=key, backend=backend)
     expected = loops(x, w, offsets)
     # Each product is rounded at most four times in float32 and K = 256 sums follow: 2^-24 * (4 + sqrt(256)) of the
@@ -129,7 +133,7 @@ def test_decoded_weights_are_what_dequantize_says(scheme):
         np.testing.assert_allclose(w, expected[e], rtol=2.0**-22 if scheme.startswith("nvfp4") else 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_int8_sums_are_exact_integers(backend):
     """4,999 products of about 127 by 127 pass 2^26, where float32 sums would round to multiples of 8."""
     K = 4999
@@ -152,7 +156,7 @@ def test_int8_sums_are_exact_integers(backend):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_two_tensor_scales_of_gate_and_up(backend, interleaved):
     E, N, K = 2, 6, 8
     codes = pymoe.quantize(integers((E, N, K), 1), "kFp8StaticTensorSym", scale=np.ones(E, np.float32))[0]
@@ -165,7 +169,7 @@ def test_two_tensor_scales_of_gate_and_up(backend, interleaved):
     np.testing.assert_array_equal(y, loops(a, integers((E, N, K), 1) * factor[:, :, None], offsets))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_bias_is_added_after_the_scales(backend):
     w, a, offsets = integers((2, 5, 9), 1), integers((4, 9), 2), [0, 1, 4]
     bias = integers((2, 5), 3)
@@ -174,9 +178,11 @@ def test_bias_is_added_after_the_scales(backend):
 
 
 @pytest.mark.parametrize("scheme", [None, "fp8_w8a8", "fp8_w8a8_block", "int4_w4a16", "mxfp4"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_bits_of_a_row_depend_on_the_row_alone(backend, scheme, monkeypatch):
     """Any number of rows before it, any place in a tile, any number of threads."""
+    if backend == "numba_cuda" and scheme in ("int4_w4a16", "mxfp4"):
+        pytest.skip("Numba's kernel refuses this pair")
     if scheme is None:
         rng = np.random.default_rng(0)
         codes, scale, key = rng.standard_normal((23, 256)).astype(np.float32), None, None
@@ -200,7 +206,7 @@ def test_bits_of_a_row_depend_on_the_row_alone(backend, scheme, monkeypatch):
             np.testing.assert_array_equal(shifted.view(np.uint32), alone[:count].view(np.uint32))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_nan_and_inf_stay_in_their_row_and_column(backend):
     w, a = integers((1, 6, 20), 1), integers((5, 20), 2)
     clean = grouped_gemm(a, WeightOperand.unquantized(w), [0, 5], backend=backend)
@@ -212,7 +218,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(backend):
     np.testing.assert_array_equal(y[keep], clean[keep])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 def test_E6_odd_layouts_of_rows_weights_and_out(backend):
     w, a, offsets = integers((3, 6, 20), 1), integers((9, 20), 2), offsets_for(3, 9)
     expected = loops(a, w, offsets)

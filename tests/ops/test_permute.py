@@ -20,7 +20,7 @@ from pymoe.ops.permute import count_expert_num_tokens as count_stage
 from pymoe.ops.permute import moe_align_block_size as align_stage
 from pymoe.ops.permute import permute as permute_stage
 from pymoe.ops.permute import permute_rows as rows_stage
-from tests.ops.devices import BACKENDS, DEVICES, HOST, ON_DEVICE, staged
+from tests.ops.devices import DEVICES, HOST, ON_DEVICE, PORTABLE, staged
 
 permute, count_expert_num_tokens, moe_align_block_size = map(staged, (permute_stage, count_stage, align_stage))
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
@@ -31,7 +31,7 @@ def permute_rows(x, row_map, backend=None):
     return staged(rows_stage)(x, row_map, backend=backend)[: row_map.P]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=PORTABLE)
 def backend(request):
     return request.param
 

@@ -16,7 +16,7 @@ from pymoe.errors import ArgumentError, DTypeError, ShapeError
 from pymoe.ops.permute import permute
 from pymoe.ops.permute import permute_rows as rows_stage
 from pymoe.ops.unpermute import unpermute as unpermute_stage
-from tests.ops.devices import BACKENDS, HOST, staged
+from tests.ops.devices import HOST, PORTABLE, staged
 
 unpermute = staged(unpermute_stage)
 
@@ -31,7 +31,7 @@ DTYPES = ("float32", "float16", BF16)
 U = 2.0**-24  # unit roundoff of float32
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=PORTABLE)
 def backend(request):
     return request.param
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from numba import cuda
 
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.codec._numba_cuda import decode, encode, format_of
 from pymoe.device.numba_gpu import bits_of, device, everywhere, kernel, launch, product, require
-from pymoe.errors import KernelCompileError, complaint
 from pymoe.ops.activation import _numpy as definition
+from pymoe.ops.activation._numba_cuda_formula import THREADS, kernel_of
 
 __all__ = ["activate_rows", "activation"]
 
 Array = Any
 
-THREADS = 128
 _GRID_Y = 65535
 
 SWIGLU, SWIGLUSTEP, GELU, GELU_TANH, SITU, RELU2 = range(6)
@@ -112,24 +108,13 @@ def activation_kernel(out, form, x, x_form, row_to_slot, gated, interleaved, kin
 
 
 def activate_rows(x: Array, config: ActivationConfig, row_to_slot: Array, out: Array) -> None:
-    """Write the activation of the rows of `x` (R, N) that have a slot to `out` (R, I), rounded once.
-
-    Raises
-    ------
-    KernelCompileError
-        A registered function that Numba cannot compile.
-    """
+    """Write the activation of the rows of `x` (R, N) that have a slot to `out` (R, I), rounded once."""
     require("activation", x, out)
     grid = (x.shape[0], min(-(-out.shape[1] // THREADS), _GRID_Y))
     arrays = (bits_of(out), format_of(out.dtype), bits_of(x), format_of(x.dtype), row_to_slot)
     kind = config.activation
     if isinstance(kind, RegisteredActivation):
-        try:
-            launch(_kernel_of(kind.fn, kind.is_gated), grid, THREADS, *arrays)
-        except (numba.core.errors.NumbaError, TypeError) as error:
-            rule, remedy = "be compilable by Numba for float32 scalars", "The NumPy backend takes any Python function"
-            text = complaint("activation", "config.activation", rule, repr(kind.fn), remedy)
-            raise KernelCompileError(text) from error
+        launch(kernel_of(kind.program, kind.is_gated), grid, THREADS, *arrays)
         return
     p = {name: np.float32(value or 0) for name, value in config.resolved().items()}
     limit = p["clamp_limit"] if p["clamp_limit"] else np.float32(np.inf)
@@ -143,28 +128,3 @@ def activate_rows(x: Array, config: ActivationConfig, row_to_slot: Array, out: A
 def activation(x: Array, config: ActivationConfig, out: Array) -> None:
     """Write the activation of all rows of `x` to `out`."""
     activate_rows(x, config, everywhere(x, 0, x.shape[:1], np.int32), out)
-
-
-# docs: registered
-@functools.lru_cache(maxsize=64)
-def _kernel_of(fn: Callable[..., float], gated: bool) -> Any:
-    """Return the kernel of a user's function of float32 scalars."""
-    formula = device(getattr(fn, "py_func", fn))
-
-    @kernel
-    def registered_kernel(out, form, x, x_form, row_to_slot):
-        row, width = cuda.blockIdx.x, out.shape[1]
-        if row_to_slot[row] < 0:
-            return
-        for i in range(cuda.blockIdx.y * THREADS + cuda.threadIdx.x, width, cuda.gridDim.y * THREADS):
-            g = decode(x[row, i], x_form)
-            if gated:
-                y = np.float32(formula(g, decode(x[row, width + i], x_form)))
-            else:
-                y = np.float32(formula(g))
-            out[row, i] = encode(y, form)
-
-    return registered_kernel
-
-
-# end: registered

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32
 
+from pymoe import checks
 from pymoe.codec._numba_cuda import E8M0, FLOAT32, decode, format_of
 from pymoe.codec.weights import WeightOperand
 from pymoe.contracts import DeviceRowMap
-from pymoe.device.arrays import namespace
-from pymoe.device.numba_gpu import bits_of, everywhere, kernel, launch, product, require
-from pymoe.errors import ShapeError, UnsupportedError, complaint
+from pymoe.device.arrays import HIDDEN_DTYPES, namespace
+from pymoe.device.numba_gpu import bits_of, everywhere, fma, kernel, launch, product, require
+from pymoe.errors import DTypeError, ShapeError, UnsupportedError, complaint
 from pymoe.ops.grouped_gemm._numba_cuda_pairs import supports
 from pymoe.quantization import QuantKey
 
@@ -63,7 +64,7 @@ def grouped_gemm_kernel(
                 w_tile[i, j] = decode(w[expert, left + i, k + j], w_form) if inside and left + i < N else np.float32(0)
                 cuda.syncthreads()
                 for inner in range(TILE):
-                    partial = np.float32(cuda.fma(a_tile[i, inner], w_tile[j, inner], partial))
+                    partial = fma(a_tile[i, inner], w_tile[j, inner], partial)
                 cuda.syncthreads()
             if scales_in_groups and i < rows and left + j < N:
                 g = start // group
@@ -104,6 +105,8 @@ def grouped_gemm(
         Rows without a slot are not written.
     """
     E, N = w.codes.shape[:2]
+    if not w.codes.size:
+        return
     in_groups = w.group_scale is not None
     group, w_scale, scale_rows = w.K, w.row_scale, 1
     if w.group_scale is not None:
@@ -143,9 +146,16 @@ def multiply_sorted(
     if not supports(w.key, a_key):
         pair = " x ".join("floats" if key is None else key.name for key in (w.key, a_key))
         raise UnsupportedError(complaint(call, "backend", "be another for this pair", f"numba_cuda for {pair}"))
+    checks.shape(call, "a", a, (None, w.K))
+    if a_key is None and a.dtype not in HIDDEN_DTYPES:
+        raise DTypeError(complaint(call, "a", "be float32, float16 or bfloat16 without a_key", a.dtype))
     xp, N = namespace(a), w.codes.shape[1]
     offsets = np.asarray(expert_offsets.get() if hasattr(expert_offsets, "get") else expert_offsets, np.int64)
     P = int(offsets[-1])
+    if gather is None:
+        checks.shape(call, "a", a, (P, w.K))
+    else:
+        checks.shape(call, "gather", gather, (P,))
     if out is None:
         out = xp.empty((P, N), np.float32)
     elif out.shape != (P, N) or out.dtype != np.float32:

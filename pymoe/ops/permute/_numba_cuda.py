@@ -124,6 +124,9 @@ def permute(
     ids = topk_ids.reshape(-1)
     row_map = DeviceRowMap(tile_rows=tile_rows, **{name: arrays[name] for name in RowMapShapes._fields[:5]})
     mapping = ids if expert_map is None else expert_map
+    if not ids.size or not E_local or not mapping.size:
+        _place_nothing(row_map)
+        return row_map
     numbers = (ids, mapping, expert_map is not None, E_local if expert_map is None else expert_map.shape[0])
     launch(count_kernel, (E_local,), THREADS, arrays["counts"], *numbers)
     launch(
@@ -131,6 +134,14 @@ def permute(
         row_map.slot_to_row.reshape(-1), row_map.tiles, row_map.tile_count, tile_rows, arrays["counts"], *numbers,
     )  # fmt: skip
     return row_map
+
+
+def _place_nothing(row_map: DeviceRowMap) -> None:
+    """Fill the map of slots that are all nobody's."""
+    for counts in (row_map.expert_offsets, row_map.tile_count):
+        counts[...] = 0
+    for places in (row_map.row_to_slot, row_map.slot_to_row):
+        places[...] = -1
 
 
 def permute_alone(topk_ids: Array, E_local: int, expert_map: Array | None, tile_rows: int) -> DeviceRowMap:

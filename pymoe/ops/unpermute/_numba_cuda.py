@@ -39,6 +39,9 @@ def unpermute_kernel(out, out_form, rows, rows_form, slot_to_row, topk_weights):
 def unpermute(rows: Array, slot_to_row: Array, topk_weights: Array | None, out: Array) -> None:
     """Write ``out[t] = sum_j topk_weights[t, j] * rows[slot_to_row[t, j]]``; None weighs every row 1."""
     require("unpermute", rows, out)
+    if not rows.size or not slot_to_row.size:
+        out[...] = 0
+        return
     if topk_weights is None:
         topk_weights = everywhere(rows, 1, slot_to_row.shape, np.float32)
     rows = rows if rows.dtype in HIDDEN_DTYPES else rows.astype(np.float32)
