@@ -79,6 +79,21 @@ def test_no_call_and_no_spill(arch, config):
     print(f"{arch}: {len(wanted)} kernels")
 
 
+def test_a_product_and_a_sum_stay_two_operations():
+    """Joined, they would be rounded once, and the bits would not be those of the other backends."""
+    counts = []
+    for name, fn in (
+        ("product", lambda g, u: g * u),
+        ("sum", lambda g, u: g * u + g),
+        ("half", lambda g, u: u - g * u),
+    ):
+        own = ActivationConfig(register_activation(f"test_compiled_{name}", fn))
+        kernel = with_activation(ALONE, own)
+        known = facts.facts_of(compile_all([kernel], "sm_90a")[0], sass=True)
+        counts.append((known.count("FFMA"), known.count("FMUL") > 0))
+    assert counts[0] == counts[1] == counts[2] and counts[0][1], counts
+
+
 def test_the_check_sees_a_call():
     """The built-in activations are calls, so as not to stand in every GEMM nine times over."""
     kernel = next(k for k in kernels("sm_90a", SILU) if k.unit == rules.GEMM)._replace(prelude="")
