@@ -1,9 +1,11 @@
 """Expert parallelism on this machine: transports against MPI's own Alltoallv, and the whole layer against one process.
 
     python benchmarks/bench_ep.py --ranks 2 --output benchmarks/results/ep.json
-    python benchmarks/bench_ep.py --ranks 2 --device --output ep_device.json      (a GPU for each rank)
+    python benchmarks/bench_ep.py --device --output benchmarks/results/ep_device.json      (two ranks, a GPU each)
+    python benchmarks/plot_ep.py benchmarks/results/ep.json docs/_static/ep_cpu.svg
 
-Starts its own ranks with the launcher beside this Python.  Each time is that of the slowest rank, from a barrier until
+The file keeps the last result of each MPI; the MPI is that of the Python that runs this, two minutes each.  Starts
+its own ranks with the launcher beside this Python.  Each time is that of the slowest rank, from a barrier until
 everything is there; the least of many is kept, since neighbours only ever add.  Bytes are physical: what a rank keeps
 for itself is not counted.
 """
@@ -28,10 +30,10 @@ from pymoe.comm.runner import launch
 ROW = 4096
 SIZES = [1 << power for power in range(12, 24)]
 LAYER = {"M": 1024, "E": 8, "topk": 2, "K": 1024, "I": 1024}
-ROUNDS = 3
+ROUNDS = 2
 
 
-def slowest(comm, work, seconds=0.6, least=5):
+def slowest(comm, work, seconds=0.2, least=5):
     """Return the least over many runs of the time of the slowest rank, in seconds."""
     from mpi4py import MPI
 
@@ -129,7 +131,7 @@ def layer_over_ranks(comm, transport):
     with pymoe.MoELayer(w1[mine], w2[mine], topk=LAYER["topk"], num_experts=LAYER["E"], gate=gate, comm=comm,
                         transport=transport) as layer:  # fmt: skip
         layer(tokens)
-        whole = slowest(comm, lambda: layer(tokens), 6.0, 10)
+        whole = slowest(comm, lambda: layer(tokens), 3.0, 10)
         parts = []
         for _ in range(20):
             spent.update(dict.fromkeys(spent, 0.0))
@@ -200,7 +202,7 @@ import bench_ep, pymoe
 w1, w2, gate, x = bench_ep.problem()
 layer = pymoe.MoELayer(w1, w2, topk=bench_ep.LAYER["topk"], gate=gate)
 layer(x)
-best, end = 1e9, time.perf_counter() + 6
+best, end = 1e9, time.perf_counter() + 3
 while time.perf_counter() < end:
     begin = time.perf_counter()
     layer(x)
@@ -210,6 +212,24 @@ print(best)
     environment = os.environ | {"PYMOE_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout)
+
+
+def processor():
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def keep(output, result):
+    """Write the result to a file beside those of other MPIs."""
+    if output:
+        path = Path(output)
+        runs = json.loads(path.read_text())["runs"] if path.exists() else []
+        runs = [run for run in runs if run["MPI"] != result["MPI"]] + [result]
+        path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 def least(old, new):
@@ -261,8 +281,7 @@ def on_devices(options):
     result = json.loads(part.read_text()) | {"ranks": 2}
     part.unlink()
     ep_device.report(result)
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.output, result)
 
 
 def main():
@@ -290,10 +309,9 @@ def main():
         found = json.loads(part.read_text()) | {"one_process_s": one_process(cores)}
         result = found if result is None else least(result, found)
         part.unlink()
-    result |= {"ranks": options.ranks, "threads": threads, "cores": cores, "processor": platform.processor()}
+    result |= {"ranks": options.ranks, "threads": threads, "cores": cores, "processor": processor()}
     report(result)
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.output, result)
 
 
 if __name__ == "__main__":

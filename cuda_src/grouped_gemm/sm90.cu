@@ -2,8 +2,8 @@
 //
 // One block a multiprocessor takes one tile of kTileRows x kColumns after the other.  A thread of warpgroup 0 fills the
 // ring by tensor copies.  The other two warpgroups multiply, in turns (a tile each, so that one stores while the other
-// multiplies) or together (half a tile each).  Rows of `a` are in one piece: cp.async by row number, tried in two forms,
-// kept 1.4 to 2 times longer at it than a copy of the rows takes beforehand.
+// multiplies) or together (half a tile each).  Rows of `a` are in one piece: a gather by cp.async, in three forms, left the
+// ring half empty, and cost more than a copy of the rows beforehand.
 #include "common/ptx_sm90.cuh"
 #include "grouped_gemm/epilogue.cuh"
 

@@ -11,7 +11,7 @@ from pymoe.config import FusedMoEConfig
 from pymoe.contracts import ExpertTokensMetadata
 from pymoe.ops.quantize import quantize_activations
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG
-from tests.emulator import emulator
+from tests.emulator import emulator, sm90
 from tests.experts.test_pairs import SCHEMES, E, problem
 from tests.ops.devices import emulation
 from tests.selection import BF16, selection
@@ -29,7 +29,7 @@ def memory(nbytes, fill):
     return whole[start : start + nbytes]
 
 
-def run(config, quant_config, x, w1, w2, weights, ids, expert_map=None, fill=0xFF):
+def run(config, quant_config, x, w1, w2, weights, ids, expert_map=None, fill=0xFF, device=emulation):
     """Run `CudaGroupedExperts` as the kernel would, in workspaces of exactly the size that they ask for."""
     experts = CudaGroupedExperts(config, quant_config)
     number = w1.shape[0] if expert_map is None else len(expert_map)
@@ -37,7 +37,7 @@ def run(config, quant_config, x, w1, w2, weights, ids, expert_map=None, fill=0xF
         len(x), w1.shape[1], x.shape[1], ids.shape[1], number, w1.shape[0], None, config.activation
     )
     out = np.full(x.shape, np.nan, x.dtype)
-    with emulation():
+    with device():
         a, scale = x, None
         if quant_config.quant_dtype is not None:
             a, scale = quantize_activations(x, quant_config, "a1")
@@ -76,18 +76,16 @@ def test_the_exact_oracle(M, K, width, number, topk, dtype):
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("fill", [0xFF, 0x7F])
-def test_rows_that_are_copied_together_first(monkeypatch, mapped, fill):
-    """As for sm_90a: in the memory of the routed rows, in a workspace of the same size, with the same bits."""
-    from pymoe.ops.grouped_gemm import _cuda as gemm
-
-    given = selection(40, 64, 32, 5, 3, dtype=BF16, mapped=mapped)
+@pytest.mark.parametrize("dtype", [np.float16, BF16])
+def test_sm90a_copies_rows_together_first(mapped, fill, dtype):
+    """In the memory of the routed rows and a workspace of the size asked for, with the portable path's bits."""
+    given = selection(60, 64, 32, 5, 3, dtype=dtype, mapped=mapped)
     config = FusedMoEConfig(5, 3, 64, 32, given.w1.shape[0], in_dtype=given.x.dtype, device="cuda")
     operands = (given.x, given.w1, given.w2, given.topk_weights, given.topk_ids, given.expert_map)
-    asked = []
-    monkeypatch.setattr(gemm, "tile_rows_together", lambda a, w, tile_rows: asked.append(tile_rows) or 128)
-    y = run(config, FUSED_MOE_UNQUANTIZED_CONFIG, *operands, fill=fill)
+    y = run(config, FUSED_MOE_UNQUANTIZED_CONFIG, *operands, fill=fill, device=sm90.emulation)
     np.testing.assert_array_equal(y, given.expected())
-    assert len(asked) == 1
+    portable = run(config, FUSED_MOE_UNQUANTIZED_CONFIG, *operands, fill=fill)
+    np.testing.assert_array_equal(y.view(np.uint16), portable.view(np.uint16))
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "fp8_w8a8_block", "int8_w8a8_tensor", "mxfp4_w4a16"])

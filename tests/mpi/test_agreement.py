@@ -8,7 +8,7 @@ from tests.mpi.launch import run
 from tests.mpi.test_correctness import check
 
 TRANSPORTS = ("host", "shm")
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300, func_only=True), pytest.mark.usefixtures("compiled")]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.mpi.launch import mpiexec, run
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300, func_only=True), pytest.mark.usefixtures("compiled")]
 TRANSPORTS = ("host", "shm", "hier")
 # Nodes of two ranks; what does not know nodes does not care.
 NODES = {"hier": {"PYMOE_NODE_SIZE": "2"}}

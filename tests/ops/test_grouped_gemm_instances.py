@@ -70,6 +70,7 @@ def test_sm90a_multiplies_16_bit_floats_in_one_piece_its_own_way(a, rows):
     known = Operands(a, a, 2048, scattered=False)
     others = [choose(known, rows, arch) for arch in ARCHS if arch != "sm_90a"]
     others += [choose(known, 16, "sm_90a"), choose(known._replace(scattered=True), rows, "sm_90a")]
+    others += [choose(known._replace(K=K), rows, "sm_90a") for K in (0, 2052)]
     assert not any(instance.mapped for instance in others)
 
 

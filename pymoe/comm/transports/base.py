@@ -59,10 +59,11 @@ class Payload(NamedTuple):
     def write(self, start: int, stop: int, out: Array) -> Mark | None:
         """Write rows ``start:stop`` of the plan to `out`; return what says when they are there, None if they are."""
         if self.order is None:
-            np.copyto(out, self.rows[start:stop])
+            out[...] = self.rows[start:stop]
         else:
-            # Without "clip" NumPy goes through a buffer of its own; plans hold legal indices only.
-            np.take(self.rows, self.order[start:stop], axis=0, out=out, mode="clip")
+            # Without "clip" NumPy goes through a buffer of its own; plans hold legal indices only.  As a function of
+            # NumPy's, not a method, this takes a microsecond more: as much as the copy of 16 KiB.
+            self.rows.take(self.order[start:stop], 0, out, "clip")
         return None
 
     def keep(self, start: int, stop: int, inbox: Array, place: int) -> None:

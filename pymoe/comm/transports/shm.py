@@ -20,7 +20,16 @@ from pymoe.comm.control import Control
 from pymoe.comm.header import SEQUENCE, WORDS
 from pymoe.comm.mpi import bounded, load_mpi, mpi_lock
 from pymoe.comm.plan import Counts, counts_of
-from pymoe.comm.transports.base import Capabilities, FlatTransport, Payload, Transfer, Transport, ring
+from pymoe.comm.transports.base import (
+    COMBINE,
+    DISPATCH,
+    Capabilities,
+    FlatTransport,
+    Payload,
+    Transfer,
+    Transport,
+    ring,
+)
 from pymoe.comm.waiting import Wait
 from pymoe.device.copies import Copies, Mark
 from pymoe.errors import CommError, complaint
@@ -55,6 +64,7 @@ class SharedWindow:
         self._window = bounded(call, "a shared window", seconds, allocate)
         query = self._window.Shared_query
         self.parts = [np.frombuffer(query(rank)[0], np.uint8)[:size] for rank in range(comm.Get_size())]
+        self.size = size
         self._pinned_by: Copies | None = None
 
     def pin(self, copies: Copies) -> None:
@@ -96,6 +106,11 @@ class SharedWindow:
             bounded(call, "the end of a shared window", seconds, free)
 
 
+def _word(words: Array) -> Any:
+    """Return the first of `words` (int64) as one that Python reads and writes five times faster than NumPy's."""
+    return ctypes.c_int64.from_address(words.ctypes.data)
+
+
 class ShmControl(Control):
     """Headers and the whole matrix of counts in a shared window.
 
@@ -116,8 +131,8 @@ class ShmControl(Control):
         self._flags = [[b[turn, :1] for b in blocks] for turn in range(2)]
         self._headers = [b[:, header:counts] for b in blocks]
         self._counts = [b[:, counts : counts + 2 * self.size].reshape(2, self.size, 2) for b in blocks]
-        self.done = [w[2 * block : 2 * block + 2 * line : line] for w in words]
-        """Transfers that each rank has finished, by way."""
+        self.done = [[_word(w[2 * block + way * line :]) for w in words] for way in (DISPATCH, COMBINE)]
+        """Transfers of each way that each rank has finished."""
         self.word = words[0][2 * block + 2 * line :]
         """A few words that rank 0 alone writes."""
         self._posted = self._current = 0
@@ -173,6 +188,7 @@ class ShmTransport(FlatTransport):
         self.comm, self.control, self.seconds = comm, control, seconds
         self.rank, self.size = control.rank, control.size
         self._windows: dict[int, SharedWindow] = {}
+        self.ring = ring(self.rank, self.size)
         self._numbers = [0, 0]
         self._grown = 0
         self._copies: Copies | None = None
@@ -186,14 +202,15 @@ class ShmTransport(FlatTransport):
 
     def open(self, way: int, counts: Counts, widths: Sequence[int]) -> Transfer:
         assert counts.start is not None and counts.most is not None
-        starts = [0]
+        end, parts = 0, []
         for width in widths:
-            starts.append(starts[-1] + -(-counts.most * width // LINE) * LINE)
+            parts.append((end, width))
+            end += -(-counts.most * width // LINE) * LINE
         window = self._windows.get(way)
-        if window is None or len(window.parts[0]) < starts[-1]:
-            window = self._grow(way, starts[-1])
+        if window is None or window.size < end:
+            window = self._grow(way, end)
         self._numbers[way] += 1
-        return ShmTransfer(self, way, window, counts, list(zip(starts, widths, strict=False)))
+        return ShmTransfer(self, way, window, counts, parts)
 
     def number(self, way: int) -> int:
         """Return how many transfers of a way have been opened."""
@@ -239,27 +256,30 @@ class ShmTransport(FlatTransport):
 
 
 class ShmTransfer(Transfer):
-    """Stores into the receivers' parts, then one word."""
+    """Stores into the receivers' parts, then one word.
+
+    With few ranks and rows a transfer takes microseconds: it does arithmetic on Python's integers, which small arrays
+    would make slower than the copies, and makes no array that is not needed.
+    """
 
     def __init__(
         self, transport: ShmTransport, way: int, window: SharedWindow, counts: Counts, parts: list[tuple[int, int]]
     ) -> None:
-        self._transport, self._way, self._window = transport, way, window
-        self._parts = parts
+        self._transport, self._way, self._window, self._parts = transport, way, window, parts
         self._number = transport.number(way)
-        # Python's integers: with few ranks, arithmetic on small arrays would take longer than the copies.
-        receive: list[int] = counts.receive.tolist()
+        self._done = transport.control.done[way]
         self._send: list[int] = counts.send.tolist()
         self._start: list[int] = counts.start.tolist()  # type: ignore[union-attr]
-        self._receive = receive
-        self._waits_for = [rank for rank, rows in enumerate(receive) if rows]
+        self._receive: list[int] = counts.receive.tolist()
+        self._waits_for = [rank for rank, rows in enumerate(self._receive) if rows]
+        self._untold = self._waits_for
         self._mark: Mark | None = None
-        self._arrived: list[int] = []
-        self.inbox = [self._rows(transport.rank, part, 0, sum(receive)) for part in range(len(parts))]
+        received = sum(self._receive)
+        self.inbox = [self._rows(transport.rank, part, 0, received) for part in range(len(parts))]
 
-    def _rows(self, rank: int, part: int, start: int, stop: int) -> Array:
+    def _rows(self, rank: int, part: int, start: int, rows: int) -> Array:
         first, width = self._parts[part]
-        return self._window.parts[rank][first + start * width : first + stop * width].reshape(stop - start, width)
+        return np.ndarray((rows, width), np.uint8, self._window.parts[rank], first + start * width)
 
     def send(self, payloads: Sequence[Payload]) -> None:
         self._mark = self._write(payloads)
@@ -270,45 +290,45 @@ class ShmTransfer(Transfer):
         """Store all rows; return what says when they are there, if they are not yet."""
         transport, last_mark = self._transport, None
         to = [0, *itertools.accumulate(self._send)]
-        for destination in ring(transport.rank, transport.size):
-            first, last = to[destination], to[destination + 1]
-            if first == last:
+        for destination in transport.ring:
+            first, rows = to[destination], self._send[destination]
+            if not rows:
                 continue
             start = self._start[destination]
             for part, payload in enumerate(payloads):
                 if destination == transport.rank:
-                    payload.keep(first, last, self.inbox[part], start)
+                    payload.keep(first, first + rows, self.inbox[part], start)
                     continue
                 # Copies of one device are done in their order: the last mark stands for all.
-                mark = payload.write(first, last, self._rows(destination, part, start, start + last - first))
+                mark = payload.write(first, first + rows, self._rows(destination, part, start, rows))
                 last_mark = last_mark if mark is None else mark
         return last_mark
 
     def _tell(self) -> None:
         """Say that all rows are stored."""
-        control, rank = self._transport.control, self._transport.rank
-        control.sync()
-        control.done[rank][self._way] = self._number
-        control.sync()
+        self._window.sync()
+        self._done[self._transport.rank].value = self._number
+        self._window.sync()
 
     def started(self) -> bool:
         # Rows that are stored count for nothing until the word behind them is.
         return False
 
     def missing(self) -> list[int]:
-        self.unsettled()
-        control = self._transport.control
-        control.sync()
-        late = [rank for rank in self._waits_for if control.done[rank][self._way] < self._number]
-        control.sync()
-        self._arrived += [rank for rank in self._waits_for if rank not in late]
-        self._waits_for = late
-        return late
+        if self._mark is not None:
+            self.unsettled()
+        if self._waits_for:
+            self._window.sync()
+            done, number = self._done, self._number
+            self._waits_for = [rank for rank in self._waits_for if done[rank].value < number]
+            self._window.sync()
+        return self._waits_for
 
     def arrived(self) -> list[tuple[int, int]]:
-        ranks, self._arrived = self._arrived, []
+        here = [rank for rank in self._untold if rank not in self._waits_for]
+        self._untold = self._waits_for
         first = [0, *itertools.accumulate(self._receive)]
-        return [(first[rank], first[rank + 1]) for rank in ranks if rank != self._transport.rank]
+        return [(first[rank], first[rank + 1]) for rank in here if rank != self._transport.rank]
 
     def unsettled(self) -> list[int]:
         if self._mark is None:
@@ -321,3 +341,4 @@ class ShmTransfer(Transfer):
 
     def cancel(self, ranks: Sequence[int]) -> None:
         self._waits_for = [rank for rank in self._waits_for if rank not in ranks]
+        self._untold = [rank for rank in self._untold if rank not in ranks]

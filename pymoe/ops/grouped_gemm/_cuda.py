@@ -187,12 +187,15 @@ def grouped_gemm(
         address(a), address(codes), address(out), address(rows.tiles), address(rows.tile_count), _pointer(gather),
         _pointer(a_scale), _pointer(w.group_scale), _pointer(w.row_scale), _pointer(w.bias), _pointer(w.zp),
     )  # fmt: skip
+    blocks = sizes.capacity * column_tiles
+    if blocks >= 2**30:
+        raise UnsupportedError(complaint(_CALL, "a", "need fewer than 2^30 tiles", blocks, "Use a smaller chunk_size"))
     if activation is not None and isinstance(activation.activation, RegisteredActivation):
         instance = instance._replace(kernel=with_activation(instance.kernel, activation))
     if instance.mapped:
         _sm90.launch(instance, pointers, sizes, fields, (a.shape[0], E))
     else:
-        _plan(instance, sizes.capacity * column_tiles)(arguments.pack(pointers, sizes, fields))
+        _plan(instance, blocks)(arguments.pack(pointers, sizes, fields))
     return out
 
 
@@ -204,8 +207,6 @@ def _is_scattered(a: Array, gather: Array | None) -> bool:
 
 @lru_cache(maxsize=1024)
 def _plan(instance: Instance, blocks: int) -> LaunchPlan:
-    if blocks >= 2**31:
-        raise UnsupportedError(complaint(_CALL, "a", "need fewer than 2^31 blocks", blocks, "Use a smaller chunk_size"))
     grid, block = (blocks, 1, 1), (instance.threads, 1, 1)
     pointers = len(arguments.Pointers._fields)
     return LaunchPlan(instance.kernel, grid, block, instance.shared_bytes, leading_pointers=pointers)

@@ -126,7 +126,7 @@ def choose(operands: Operands, tile_rows: int, arch: str) -> Instance:
     whole = all(operands.K * BITS[side] % 128 == 0 for side in (operands.a, operands.b))
     if pair is None or not whole or operands.K > _MOST_COLUMNS:
         return _simt(operands.a == operands.b == "F32", tile_rows)
-    if arch == "sm_90a" and tile_rows > 16 and not operands.scattered and pair.a == pair.b and pair.a in _FLOATS:
+    if arch == "sm_90a" and tile_rows > 16 and not operands.scattered and _is_16_bit(pair) and operands.K:
         return _sm90(pair.a, operands.K < _SM90_LONG)
     return _tensor(pair, tile_rows, limits(arch).shared_bytes, arch)
 
@@ -197,6 +197,11 @@ def _tensor(pair: _Pair, rows: int, shared_limit: int, arch: str) -> Instance:
         KernelId("grouped_gemm/grouped_gemm.cu", expression), rows, columns, 32 * warps[0] * warps[1],
         _shared_bytes(pair, rows, columns, depth, stages), native,
     )  # fmt: skip
+
+
+def _is_16_bit(pair: _Pair) -> bool:
+    """Whether both sides are the same 16-bit floats."""
+    return pair.a == pair.b and pair.a in _FLOATS
 
 
 def _is_native(pair: _Pair, arch: str) -> bool:

@@ -1,0 +1,30 @@
+"""An emulated device that is taken for an sm_90a: few multiprocessors, and tensor maps that the emulator reads."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from pymoe.device import arch
+from pymoe.ops.grouped_gemm import _sm90
+from tests.ops import devices
+
+MULTIPROCESSORS = 3
+
+
+def tensor_map(address, itemsize, shape, box):
+    """Return `EmulatedMap` of ``common/ptx_sm90.cuh`` in the place of the driver's map."""
+    assert address % 16 == 0 and box[-1] * itemsize == 128 and all(extent <= 256 for extent in box)
+    assert shape[-1] * itemsize % 16 == 0
+    extents, boxes = ((*reversed(x), *[1] * (3 - len(x))) for x in (shape, box))
+    return struct.pack("<4Q4I", address, *extents, *boxes, itemsize).ljust(128, b"\0")
+
+
+@contextmanager
+def emulation():
+    with devices.emulation(), ExitStack() as patches:
+        patches.enter_context(mock.patch.object(arch, "current_arch", lambda: "sm_90a"))
+        patches.enter_context(mock.patch.object(arch, "current_multiprocessors", lambda: MULTIPROCESSORS))
+        patches.enter_context(mock.patch.object(_sm90, "tensor_map", tensor_map))
+        yield
