@@ -57,8 +57,8 @@ class DispatchPlan(NamedTuple):
     row_of_token: Array
 
     def destination(self) -> Array:
-        """Return the rank of each row, (n,) int64."""
-        return np.repeat(np.arange(len(self.counts)), self.counts)
+        """Return the rank of each row, (n,) int32."""
+        return np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
 
 
 def plan_dispatch(owner: Array, ranks: int) -> DispatchPlan:
@@ -72,10 +72,11 @@ def plan_dispatch(owner: Array, ranks: int) -> DispatchPlan:
         R.
     """
     M = owner.shape[0]
-    hits = np.zeros((ranks, M), bool)
-    token, slot = np.nonzero(owner >= 0)
-    hits[owner[token, slot], token] = True
-    destination, token = np.nonzero(hits)
+    # One row more, the last, for slots that nobody owns; slot by slot is faster than all slots at once.
+    hits, tokens = np.zeros((ranks + 1, M), bool), np.arange(M)
+    for slot in owner.T:
+        hits[slot, tokens] = True
+    destination, token = np.nonzero(hits[:ranks])
     counts = np.bincount(destination, minlength=ranks).astype(np.int64)
     return DispatchPlan(token, counts, rows_of_tokens(token, M))
 

@@ -5,7 +5,7 @@ Counts in MPI calls are rows of a contiguous type, never bytes: a message of 3 G
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -94,8 +94,11 @@ class HostTransport(FlatTransport):
         """Return `message`, with rows of `width` bytes, cut into those that carry it."""
         start, stop = message.start, message.stop
         least, most = self.message_bytes
-        step = max(1, min(max((stop - start) * width // _PIECES, least), most) // max(width, 1))
-        cuts = range(start, stop, step) if width else range(0)
+        nbytes = (stop - start) * width
+        if nbytes <= least:
+            return [message] if nbytes else []
+        step = max(1, min(max(nbytes // _PIECES, least), most) // width)
+        cuts = range(start, stop, step)
         return [message._replace(start=first, stop=min(first + step, stop)) for first in cuts]
 
     def close(self, call: str, seconds: float, broken: bool) -> None:
@@ -123,6 +126,8 @@ class HostTransfer(Transfer):
         self._waiting: deque[tuple[Mark, Message, Array]] = deque()
         """Messages whose rows are not there yet, in the order in which they will be."""
         self._arrived: list[tuple[int, int]] = []
+        self._left: tuple[Counter[int], Counter[int]] = Counter(), Counter()
+        """Messages that have not ended, by rank: to it, and from it."""
         self._started = False
         self._held: Sequence[Payload] = ()
         for source in ring(transport.rank, transport.size)[1:]:
@@ -130,7 +135,6 @@ class HostTransfer(Transfer):
                 whole = Message(True, source, number, self._from[source], self._from[source + 1])
                 for message in transport.messages(whole, width):
                     self._post(message, self.inbox[number])
-        self._note_ranks()
 
     def send(self, payloads: Sequence[Payload]) -> None:
         self._held = payloads
@@ -139,10 +143,10 @@ class HostTransfer(Transfer):
                 for number, payload in enumerate(payloads):
                     self._send_to(destination, number, payload)
         except BaseException:
+            for _, message, _ in self._waiting:
+                self._forget(message)
             self._waiting.clear()
             raise
-        finally:
-            self._note_ranks()
 
     def _send_to(self, destination: int, number: int, payload: Payload) -> None:
         start, stop = self._to[destination], self._to[destination + 1]
@@ -160,33 +164,33 @@ class HostTransfer(Transfer):
             if mark is None:
                 self._post(message, rows)
             else:
+                self._left[False][destination] += 1
                 self._waiting.append((mark, message, rows))
 
     def _post(self, message: Message, rows: Array) -> None:
         transport = self._transport
-        buffer = [rows[message.start : message.stop], message.stop - message.start, None]
-        buffer[2] = transport.row_type(self._widths[message.number])
+        row_type = transport.row_type(self._widths[message.number])
+        buffer = [rows[message.start : message.stop], message.stop - message.start, row_type]
         tag = _TAGS * (1 + self._way) + message.number
         with mpi_call("rows"), mpi_lock():
             call = transport.comm.Irecv if message.comes else transport.comm.Isend
             self._requests.append(call(buffer, message.rank, tag))
         self._messages.append(message)
+        self._left[message.comes][message.rank] += 1
         self._started |= not message.comes
 
-    def _note_ranks(self) -> None:
-        """Keep which ranks are waited for, until something ends."""
-        leaves = {message.rank for message in self._messages if not message.comes}
-        self._late = sorted({message.rank for message in self._messages if message.comes})
-        self._unsettled = sorted(leaves | {message.rank for _, message, _ in self._waiting})
-        if not self._unsettled:
-            self._held = ()
+    def _forget(self, message: Message) -> None:
+        left = self._left[message.comes]
+        left[message.rank] -= 1
+        if not left[message.rank]:
+            del left[message.rank]
 
     def started(self) -> bool:
         return self._started
 
     def missing(self) -> list[int]:
         self._progress()
-        return self._late
+        return sorted(self._left[True])
 
     def arrived(self) -> list[tuple[int, int]]:
         arrived, self._arrived = self._arrived, []
@@ -194,13 +198,16 @@ class HostTransfer(Transfer):
 
     def unsettled(self) -> list[int]:
         self._progress()
-        return self._unsettled
+        if not self._left[False]:
+            self._held = ()
+        return sorted(self._left[False])
 
     def _progress(self) -> None:
         """Send what is ready, and let MPI move bytes."""
         while self._waiting and self._waiting[0][0].done:
             _, message, rows = self._waiting.popleft()
             self._post(message, rows)
+            self._forget(message)  # as one that waits
         done: Sequence[int] = ()
         with mpi_call("rows"), mpi_lock():
             for _ in range(_LOOKS if self._requests else 0):
@@ -210,13 +217,15 @@ class HostTransfer(Transfer):
         if done:
             ended = [self._messages[number] for number in sorted(done)]
             self._arrived += [(m.start, m.stop) for m in ended if m.comes and m.number == 0]
-            self._keep([number for number in range(len(self._requests)) if number not in set(done)])
+            self._end(set(done))
 
-    def _keep(self, numbers: Sequence[int]) -> None:
-        """Forget all requests but those with these numbers."""
-        self._requests = [self._requests[number] for number in numbers]
-        self._messages = [self._messages[number] for number in numbers]
-        self._note_ranks()
+    def _end(self, numbers: set[int]) -> None:
+        """Forget the requests with these numbers."""
+        for number in numbers:
+            self._forget(self._messages[number])
+        rest = [number for number in range(len(self._requests)) if number not in numbers]
+        self._requests = [self._requests[number] for number in rest]
+        self._messages = [self._messages[number] for number in rest]
 
     def cancel(self, ranks: Sequence[int]) -> None:
         stopped = [n for n, message in enumerate(self._messages) if message.comes and message.rank in ranks]
@@ -224,4 +233,4 @@ class HostTransfer(Transfer):
             for number in stopped:
                 self._requests[number].Cancel()
                 self._requests[number].Wait()
-        self._keep([number for number in range(len(self._requests)) if number not in stopped])
+        self._end(set(stopped))

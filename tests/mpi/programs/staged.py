@@ -12,6 +12,7 @@ import types
 import numpy as np
 from mpi4py import MPI
 
+import pymoe
 from pymoe.comm import agree, connecting, group, place
 from pymoe.comm.plan import DispatchPlan, plan_all, plan_dispatch
 from pymoe.comm.transports import host
@@ -56,8 +57,11 @@ def plans(number):
     return made
 
 
-def run_round(members, number, width, device):
-    """Send stamped rows there and back; return checks of what came, for when the user's stream gets there."""
+def run_round(members, number, width, device, fault=None):
+    """Send stamped rows there and back; return checks of what came, for when the user's stream gets there.
+
+    `fault` says after which step this rank raises.
+    """
     made = plans(number)
     plan: DispatchPlan = made[rank]
     tokens = len(plan.row_of_token)
@@ -67,7 +71,11 @@ def run_round(members, number, width, device):
     way = Exchange(members, plan, plan.counts, [Payload(kind(x.copy()), plan.token), Payload(beside)], 4 * 8)
     way.announce("test", tokens, {}, {"pair": "test", "dtype": "uint8"})
     way.send()
+    if fault == "sent":
+        raise RuntimeError("planted")
     rows, meta = way.receive()
+    if fault == "received":
+        raise RuntimeError("planted")
     led = LateCopies.made[-1].led if device else (0, 0)
     parts = []
     for owner, theirs in enumerate(made):
@@ -106,6 +114,20 @@ def run_round(members, number, width, device):
     return wrong, [*later, *([check_sums] if device else [])]
 
 
+def run_faulty(members, found, number):
+    """Let one rank raise in the middle of a call; return what is wrong with the error that all see."""
+    victim, text = number % ranks, ""
+    fault = ("sent", "received")[number % 2] if rank == victim else None
+    try:
+        with found.guard("test"):
+            run_round(members, number, 64, True, fault)
+    except pymoe.CommError as error:
+        text = str(error)
+    everywhere = comm.allgather(text)
+    right = len(set(everywhere)) == 1 and f"rank {victim} must complete the call" in text and "planted" in text
+    return [] if right else [f"errors {everywhere}"]
+
+
 def main():
     is_device = lambda x: isinstance(x, DeviceArray)  # noqa: E731
     exchange.is_cuda = group.is_cuda = is_device
@@ -116,6 +138,9 @@ def main():
         agree("test", members, {}, {})
     wrong, later = [], []
     for number in range(ROUNDS):
+        if found.transport.recoverable and number % 7 == 6 and ranks > 1:
+            later = []  # nobody reads what came before an error
+            wrong += [f"round {number}: {text}" for text in run_faulty(members, found, number)]
         # Calls of the host's arrays in between use the same messages and windows.
         with found.guard("test"):
             at_once, checks = run_round(members, number, (64, 9)[number % 2], number % 3)
