@@ -1,8 +1,10 @@
 """Numba on the GPU: kernels in Python, launched on CuPy's current stream without waiting for anything.
 
-Imported inside functions only, since it loads Numba.  With ``NUMBA_ENABLE_CUDASIM=1`` in the environment Numba runs the
-same kernels as Python on the host, a thread of the host for each thread of the device: slow, but every line can be
-stepped through, and no GPU is needed.  The kernels then take NumPy arrays.
+Imported inside functions only, since it loads Numba; kernels take ``numba.cuda`` from here.
+
+With ``NUMBA_ENABLE_CUDASIM=1`` in the environment Numba runs the same kernels as Python on the host, a thread of the
+host for each thread of the device: slow, but every line can be stepped through, and no GPU is needed.  The kernels then
+take NumPy arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from pymoe.device.tape import current_recorder
 from pymoe.errors import ArgumentError, BackendUnavailableError, complaint
 
 __all__ = [
-    "SIMULATED", "bits_of", "device", "everywhere", "floor", "fma", "kernel", "launch", "product", "require", "sqrt",
+    "SIMULATED", "bits_of", "cuda", "device", "everywhere", "floor", "fma", "kernel", "launch", "product", "require",
+    "sqrt",
 ]  # fmt: skip
 
 Array = Any
@@ -34,12 +37,17 @@ SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
 @contextlib.contextmanager
 def numpy_with_row_stack() -> Iterator[None]:
-    """Lend NumPy the name ``row_stack``: 2.5 dropped it, numba-cuda 0.30 asks for it once, when this file loads it."""
+    """Lend NumPy the name ``row_stack``: 2.5 dropped it, numba-cuda 0.30 asks for it once, when this file loads it.
+
+    What NumPy 2.5 warns of meanwhile is numba-cuda's as well.
+    """
     missing = not hasattr(np, "row_stack")
     if missing:
         np.row_stack = np.vstack  # noqa: NPY201
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
         if missing:
             del np.row_stack  # noqa: NPY201

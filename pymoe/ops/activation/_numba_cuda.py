@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.codec._numba_cuda import decode, encode, format_of
-from pymoe.device.numba_gpu import bits_of, device, everywhere, kernel, launch, product, require
+from pymoe.device.numba_gpu import bits_of, cuda, device, everywhere, kernel, launch, product, require
 from pymoe.ops.activation import _numpy as definition
 from pymoe.ops.activation._numba_cuda_formula import THREADS, kernel_of
 

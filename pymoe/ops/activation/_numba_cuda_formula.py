@@ -6,10 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from pymoe.codec._numba_cuda import decode, encode
-from pymoe.device.numba_gpu import device, floor, fma, kernel, product, sqrt
+from pymoe.device.numba_gpu import cuda, device, floor, fma, kernel, product, sqrt
 from pymoe.formula import Program, spell
 from pymoe.ops.activation._numba_formula import _WORDS
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32
+from numba import float32
 
 from pymoe import checks
 from pymoe.codec._numba_cuda import E8M0, FLOAT32, decode, format_of
 from pymoe.codec.weights import WeightOperand
 from pymoe.contracts import DeviceRowMap
 from pymoe.device.arrays import HIDDEN_DTYPES, namespace
-from pymoe.device.numba_gpu import bits_of, everywhere, fma, kernel, launch, product, require
+from pymoe.device.numba_gpu import bits_of, cuda, everywhere, fma, kernel, launch, product, require
 from pymoe.errors import DTypeError, ShapeError, UnsupportedError, complaint
 from pymoe.ops.grouped_gemm._numba_cuda_pairs import supports
 from pymoe.quantization import QuantKey

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, int32
+from numba import int32
 
 from pymoe.contracts import DeviceRowMap
 from pymoe.device.arrays import namespace
-from pymoe.device.numba_gpu import device, kernel, launch, require
+from pymoe.device.numba_gpu import cuda, device, kernel, launch, require
 
 __all__ = ["RowMapShapes", "permute", "permute_alone", "shapes"]
 

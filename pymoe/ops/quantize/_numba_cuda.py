@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cuda, uint32
+from numba import uint32
 
 from pymoe.codec._numba_cuda import decode, encode_e4m3, format_of
 from pymoe.device.arrays import namespace
-from pymoe.device.numba_gpu import bits_of, device, everywhere, kernel, launch, product, require
+from pymoe.device.numba_gpu import bits_of, cuda, device, everywhere, kernel, launch, product, require
 from pymoe.errors import UnsupportedError, complaint
 from pymoe.ops.quantize import _rules as rules
 from pymoe.quantization import QuantKey

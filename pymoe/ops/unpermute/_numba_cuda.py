@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from pymoe.codec._numba_cuda import decode, encode, format_of
 from pymoe.device.arrays import HIDDEN_DTYPES, namespace
-from pymoe.device.numba_gpu import bits_of, everywhere, kernel, launch, product, require
+from pymoe.device.numba_gpu import bits_of, cuda, everywhere, kernel, launch, product, require
 
 __all__ = ["unpermute"]
 
