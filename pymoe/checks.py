@@ -84,7 +84,9 @@ def weights(
 def _weight_dtype(call: str, label: str, w: Array, key: Any) -> None:
     allowed: tuple[str, ...] = _FLOAT_NAMES
     if key is not None:
-        allowed = {"fp8": ("uint8", "float8_e4m3fn"), "int8": ("int8",)}.get(key.dtype, ("uint8",))
+        allowed = {"fp8": ("uint8", "float8_e4m3fn"), "int8": ("int8",), "tf32": ("float32",)}.get(
+            key.dtype, ("uint8",)
+        )
     if w.dtype.name not in allowed:
         scheme = "unquantized weights" if key is None else f"{key.dtype} weights"
         raise DTypeError(complaint(call, label, f"have dtype {' or '.join(allowed)} for {scheme}", w.dtype))

@@ -7,11 +7,11 @@
 namespace pymoe {
 
 // Formats of operands.  Names as pymoe.quantization.QuantKey.dtype; the integers below 32 bits with a zero point of
-// their own (given, or the middle) are U8 and U4.
-enum class Format : int32 { kF32, kBF16, kFP16, kE4M3, kS8, kU8, kU4, kE2M1 };
+// their own (given, or the middle) are U8 and U4; TF32 is float32 that may be rounded to its bits where it is multiplied.
+enum class Format : int32 { kF32, kBF16, kFP16, kE4M3, kS8, kU8, kU4, kE2M1, kTF32 };
 
 __host__ __device__ constexpr int32 bits_of(Format f) {
-    return f == Format::kF32                            ? 32
+    return f == Format::kF32 || f == Format::kTF32      ? 32
            : f == Format::kBF16 || f == Format::kFP16   ? 16
            : f == Format::kU4 || f == Format::kE2M1     ? 4
                                                         : 8;
@@ -156,7 +156,8 @@ __device__ __forceinline__ float float_of_e2m1(uint32 code) {
 __device__ __forceinline__ float read_element(const void* array, int64 i, Format format) {
     const uint8* bytes = static_cast<const uint8*>(array);
     switch (format) {
-        case Format::kF32: return static_cast<const float*>(array)[i];
+        case Format::kF32:
+        case Format::kTF32: return static_cast<const float*>(array)[i];
         case Format::kBF16: return __bfloat162float(static_cast<const bf16*>(array)[i]);
         case Format::kFP16: return __half2float(static_cast<const fp16*>(array)[i]);
         case Format::kE4M3: return float_of_e4m3(bytes[i]);

@@ -29,6 +29,12 @@ __device__ __forceinline__ const uint8* opaque(const uint8* address) {
     return address;
 }
 
+// The same number, worked out anew where it is asked for: nothing that follows from it is kept over a loop's rounds.
+__device__ __forceinline__ int32 afresh(int32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // The same of 4 bytes, through the first-level cache.
 __device__ __forceinline__ void cp_async_4(uint32 shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
@@ -81,6 +87,23 @@ __device__ __forceinline__ void mma_m16n8k16_fp16(float (&d)[4], const uint32 (&
         "{%10, %11, %12, %13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// d = a (16 x 8) * b (8 x 8) + c: one float32 a register, of which the instruction reads TF32's bits.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2],
+                                                 const float (&c)[4]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// The bits of a float32 rounded to TF32: nearest, ties away from zero.
+__device__ __forceinline__ uint32 cvt_rna_tf32(uint32 x) {
+    uint32 rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
+    return rounded;
 }
 
 // d = a (16 x 32) * b (32 x 8) + c: four signed bytes a register, exact 32-bit sums.

@@ -30,6 +30,7 @@ struct GemmArguments {
     int32 scales_before_sum;   // whether group scales multiply weights and activations, not partial sums
     int32 vector_store;        // whether rows of out start at multiples of four elements and of 16 bytes
     int32 activated;
+    int32 parts;               // blocks along the rows of one of `tiles`
     RowScale a_scale_kind;
     ScaleFormat a_scale_format, group_scale_format;
     Format a_format, b_format, out_format;
@@ -45,15 +46,16 @@ struct BlockTile {
 // and neighbouring blocks of one expert read the same weights.
 constexpr int32 kTilesAtOnce = 8;
 
-// False where the work list ends before this block.
+// False where there is no work for this block, whose tile has kRows rows.
+template <int kRows>
 __device__ __forceinline__ bool find_tile(const GemmArguments& p, BlockTile& found) {
     const int32 block = blockIdx.x, area = kTilesAtOnce * p.column_tiles;
     const int32 first = block / area * kTilesAtOnce, rest = block % area;
-    const int32 height = min(kTilesAtOnce, p.capacity - first);
-    const int32 index = first + rest % height;
+    const int32 height = min(kTilesAtOnce, p.capacity * p.parts - first);
+    const int32 part = first + rest % height, index = part / p.parts, skipped = part % p.parts * kRows;
     const int4 tile = p.tiles[index];  // what lies beyond the live tiles is read, not used
-    if (index >= *p.tile_count) return false;
-    found = {tile.x, tile.y, tile.z, rest / height};
+    if (index >= *p.tile_count || tile.z <= skipped) return false;
+    found = {tile.x, tile.y + skipped, min(tile.z - skipped, kRows), rest / height};
     return true;
 }
 

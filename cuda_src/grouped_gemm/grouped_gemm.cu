@@ -39,6 +39,7 @@ struct Instance {
     static constexpr Format kInto = kInteger        ? Format::kS8
                                     : kNativeFp8    ? Format::kE4M3
                                     : kA == Format::kBF16 ? Format::kBF16
+                                    : kA == Format::kTF32 ? Format::kTF32
                                                           : Format::kFP16;
     static constexpr bool kRaw = kBytes || (kA == kInto && kB == kInto);  // nothing to decode on either side
     static constexpr bool kScaledSums = kScaling == Scaling::kSums || kScaling == Scaling::kBlocks;
@@ -53,14 +54,17 @@ struct Instance {
     static constexpr int kBlocks = kThreads == 256 && kRaw && !kScaledSums && !kStageSums ? 2 : 1;
     // Blocks of 32 k side by side in the code; more of them would be decoded ahead than registers can hold.
     static constexpr int kBlocksAtOnce = kSmallSums && kRows > 16 ? 1 : kDepth / 32;
+    // Half of the warps fill the next stage after the first block of 32 k, half after the third: so tensor cores have
+    // work meanwhile.
+    static constexpr bool kFillApart = kUniform && !kRaw && kRows > 16;
     // Copies of the next stage wait until the first multiplies are under way, where those are few.
-    static constexpr bool kFillLate = kRaw && !kStageSums && kRows == 64;
+    static constexpr bool kFillLate = (kRaw && !kStageSums && kRows == 64) || kFillApart;
 
     using A = OperandTile<kA, kRows, kDepth, kRaw>;
     using B = OperandTile<kB, kColumns, kDepth, kRaw>;
     static constexpr int kUnits = kScaling == Scaling::kNone ? 1 : kDepth / kSpan;
-    static constexpr bool kKeep = kRows <= 16;  // registers are free where few sums are kept
-    using CopyA = OperandCopy<A, kRows, kThreads, kKeep, kKeep>;
+    static constexpr bool kKeep = kRows <= 16 || kUniform;  // where registers are free, or instructions short
+    using CopyA = OperandCopy<A, kRows, kThreads, kKeep, kRows <= 16>;
     using CopyB = OperandCopy<B, kColumns, kThreads, kKeep, false>;
     using Scales = StageScales<kScaling, kB, kInto, kUnits, kRows, kColumns, kThreads, kUniform>;
     using Sum = typename SumType<kInteger>::Type;
@@ -72,7 +76,7 @@ struct Instance {
     static constexpr int kSharedBytes = kRingBytes + 4 * (kRows + 2 * kColumns) + sizeof(BlockTile);
 };
 
-// d += one step of 16 k (32 for bytes); `fresh`: d is the step alone.
+// d += one step of 16 k (32 of bytes, 8 of TF32); `fresh`: d is the step alone.
 template <class I>
 __device__ __forceinline__ void multiply_step(typename I::Sum (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2],
                                               bool fresh) {
@@ -83,6 +87,8 @@ __device__ __forceinline__ void multiply_step(typename I::Sum (&d)[4], const uin
         ptx::mma_m16n8k16_bf16(d, a, b, c);
     } else if constexpr (I::kInto == Format::kFP16) {
         ptx::mma_m16n8k16_fp16(d, a, b, c);
+    } else if constexpr (I::kInto == Format::kTF32) {
+        ptx::mma_m16n8k8_tf32(d, a, b, c);
     } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
         ptx::mma_m16n8k32_e4m3(d, a, b, c);
@@ -101,9 +107,9 @@ struct RowsFragment {
         // order of the instruction once more for every instruction.
         const uint32 zero = I::kA == I::kInto ? threadIdx.y : 0;
         uint32 raw[4], low[4], high[4];
-        I::A::template read<I::kSixteens>(a, row + lane / 4, block, lane % 4, raw);
+        I::A::template read<I::kSixteens>(a, row, lane / 4, block, lane % 4, raw);
         decode<I::kA, I::kInto>(raw, 0, low);
-        I::A::template read<I::kSixteens>(a, row + 8 + lane / 4, block, lane % 4, raw);
+        I::A::template read<I::kSixteens>(a, row + 8, lane / 4, block, lane % 4, raw);
         decode<I::kA, I::kInto>(raw, 0, high);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -119,9 +125,10 @@ struct WeightFragment {
     uint32 step[2][2];
 
     __device__ __forceinline__ void read(const uint8* b, const uint32* scales, int32 first, int32 block) {
-        const int32 lane = threadIdx.x % 32, c = lane % 4;
+        // int4's largest tile takes every register there is: nothing that follows from the lane may be kept.
+        const int32 own = threadIdx.x % 32, lane = I::kB == Format::kU4 ? ptx::afresh(own) : own, c = lane % 4;
         uint32 raw[4], word = 0, pairs[4];
-        I::B::template read<I::kSixteens>(b, first + lane / 4, block, c, raw);
+        I::B::template read<I::kSixteens>(b, first, lane / 4, block, c, raw);
         constexpr int kPerBlock = 32 / I::kSpan;  // one scale for 32 columns, or two
         if constexpr (I::Scales::kHasWords)
             word = I::Scales::word(scales, block * kPerBlock + (kPerBlock == 2 ? c / 2 : 0), first + lane / 4);
@@ -214,6 +221,15 @@ struct StageSums {
     }
 };
 
+// Float32 to the nearest TF32, where the instruction would cut the rest off.
+template <class I, int kCount>
+__device__ __forceinline__ void round_operand(uint32 (&registers)[kCount]) {
+    if constexpr (I::kInto == Format::kTF32) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) registers[i] = ptx::cvt_rna_tf32(registers[i]);
+    }
+}
+
 // Adds a stage of codes that the instruction multiplies as they are; `between` runs under the first multiplies.
 template <class I, class Between>
 __device__ __forceinline__ void multiply_raw(StageSums<I>& sums, const uint8* a, const uint8* b,
@@ -227,6 +243,7 @@ __device__ __forceinline__ void multiply_raw(StageSums<I>& sums, const uint8* a,
         for (int m = 0; m < I::kM; ++m) {
             const int32 place = I::A::offset(sums.row + 16 * m + lane % 16, 2 * s + lane / 16);
             ptx::ldmatrix_x4(x[m], ptx::shared_address(a + place));
+            round_operand<I>(x[m]);
         }
 #pragma unroll
         for (int n = 0; n < I::kN; n += 2) {
@@ -235,6 +252,7 @@ __device__ __forceinline__ void multiply_raw(StageSums<I>& sums, const uint8* a,
             ptx::ldmatrix_x4(w, ptx::shared_address(b + I::B::offset(line, 2 * s + lane / 8 % 2)));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
+                round_operand<I>(w[i]);
 #pragma unroll
                 for (int m = 0; m < I::kM; ++m) sums.multiply(m, n + i, x[m], w[i], s == 0, true);
                 sums.add_small(n + i, s);
@@ -245,9 +263,10 @@ __device__ __forceinline__ void multiply_raw(StageSums<I>& sums, const uint8* a,
     sums.end_stage();
 }
 
-// Adds a stage of codes that are decoded.
-template <class I>
-__device__ __forceinline__ void multiply_decoded(StageSums<I>& sums, const uint8* a, const uint8* b) {
+// Adds a stage of codes that are decoded; `between` runs after each block of 32 k.
+template <class I, class Between>
+__device__ __forceinline__ void multiply_decoded(StageSums<I>& sums, const uint8* a, const uint8* b,
+                                                 const Between& between) {
     // Two columns of fragments at a time: as many sums again between two multiplies into the same one.
     constexpr int kPair = I::kSmallSums ? 1 : 2;
 #pragma unroll(I::kBlocksAtOnce)
@@ -271,6 +290,7 @@ __device__ __forceinline__ void multiply_decoded(StageSums<I>& sums, const uint8
                 if (s == 1 || I::kSixteens) sums.add_small(n, I::kSixteens ? 2 * block + s : block);
             }
         }
+        between(block);
     }
     sums.end_stage();
 }
@@ -287,7 +307,7 @@ struct TileRows {
         if (threadIdx.x == 0) tile = found;
         for (int32 r = threadIdx.x; r < I::kRows; r += I::kThreads) {
             const bool there = r < found.rows;
-            sources[r] = there || !I::kKeep ? source_row(p, found.first_row + (there ? r : 0)) : -1;
+            sources[r] = there || I::kRows > 16 ? source_row(p, found.first_row + (there ? r : 0)) : -1;
         }
         for (int32 j = threadIdx.x; j < I::kColumns; j += I::kThreads) {
             // What comes of a column that is not there, nobody stores.
@@ -330,6 +350,7 @@ struct Ring {
     __device__ __forceinline__ Ring(const GemmArguments& p, uint8* ring, int32 expert) : shared(ring), kept_expert(expert) {
         copy_a.start(static_cast<const uint8*>(p.a), rows().sources, row_bytes(p, I::kA));
         copy_b.start(weights(p), rows().weights, row_bytes(p, I::kB));
+        scales.start(p, expert, rows().sources, rows().scale_lines);
     }
 
     // Starts the copies of columns `k`..; what of their scales comes through registers is still to be stored.
@@ -376,7 +397,9 @@ __device__ __forceinline__ void multiply_tile(const GemmArguments& p, int32 live
             if constexpr (I::kRaw) {
                 multiply_raw<I>(sums, ring.a(slot), ring.b(slot), fill);
             } else {
-                multiply_decoded<I>(sums, ring.a(slot), ring.b(slot));
+                multiply_decoded<I>(sums, ring.a(slot), ring.b(slot), [&](int block) {
+                    if (I::kFillApart && block == warp / (I::kThreads / 64) * 2) fill();
+                });
             }
         } else if (I::kFillLate) {
             fill();
@@ -412,7 +435,7 @@ __global__ void __launch_bounds__(
     extern __shared__ __align__(128) unsigned char shared_memory[];
     if (ptx::dynamic_shared_bytes() < I::kSharedBytes) __trap();  // the launch was planned for another shape
     BlockTile tile;
-    if (!find_tile(p, tile)) return;
+    if (!find_tile<I::kRows>(p, tile)) return;
     TileRows<I>& rows = *reinterpret_cast<TileRows<I>*>(shared_memory + I::kRingBytes);
     rows.find(p, tile);
     __syncthreads();

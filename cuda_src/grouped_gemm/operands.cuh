@@ -12,20 +12,21 @@
 
 namespace pymoe {
 
-// kRows rows of kDepth elements in shared memory: sub-tiles of 64 k, rows of a sub-tile one after the other, 16-byte
+// kRows rows of kDepth elements in shared memory: sub-tiles of 64 k (32 of 32 bits), rows of a sub-tile one after the other, 16-byte
 // chunks of a row exchanged so that no two threads of a load meet in a bank.  kMatrix: read by ldmatrix.
 template <Format kFormat, int kRows, int kDepth, bool kMatrix>
 struct OperandTile {
     static constexpr int kBits = bits_of(kFormat);
+    static constexpr bool kByMatrix = kMatrix;
     static constexpr int kRowBytes = kDepth * kBits / 8;
     static constexpr int kBytes = kRows * kRowBytes;
     static constexpr int kChunks = kRowBytes / 16;          // of a row
-    static constexpr int kSubPitch = 64 * kBits / 8;        // bytes of a row of a sub-tile
+    static constexpr int kSubPitch = kBits == 32 ? 128 : 64 * kBits / 8;  // bytes of a row of a sub-tile
     static constexpr int kSubChunks = kSubPitch / 16;
 
     // What the place of a chunk in row `row` of its sub-tile is exchanged by.
     static __device__ __forceinline__ int32 exchange(int32 row) {
-        if constexpr (kMatrix) return kBits == 16 ? row & 7 : row >> 1 & 3;
+        if constexpr (kMatrix) return kBits >= 16 ? row & 7 : row >> 1 & 3;
         if constexpr (kBits == 16) return (row & 1) << 2;
         if constexpr (kBits == 8) return (row >> 1 & 1) << 1;
         return row >> 2 & 1;
@@ -42,12 +43,16 @@ struct OperandTile {
         return row_offset(row, chunk / kSubChunks) + ((chunk % kSubChunks) ^ exchange(row)) * 16;
     }
 
-    // The raw codes of row `row`, 32-k block `block`, for thread `lane % 4` of the row: k = 8 c .. 8 c + 7, or, where
-    // kSixteens, 4 c .. 4 c + 3 of each half (4-bit only).
+    // What `offset` grows by with `rows` more rows, a multiple of 8: exchanges look at the last bits of a row alone.
+    static __device__ __forceinline__ int32 rows_further(int32 rows) { return rows * kSubPitch; }
+
+    // The raw codes of row `first + row`, 32-k block `block`, for thread `c` of the four of the row: k = 8 c .. 8 c + 7,
+    // or, where kSixteens, 4 c .. 4 c + 3 of each half (4-bit only).  `first` is a multiple of 8.
     template <bool kSixteens>
-    static __device__ __forceinline__ void read(const uint8* tile, int32 row, int32 block, int32 c, uint32 (&raw)[4]) {
+    static __device__ __forceinline__ void read(const uint8* tile, int32 first, int32 row, int32 block, int32 c,
+                                                uint32 (&raw)[4]) {
         const int32 half = block & 1;
-        const uint8* line = tile + row_offset(row, block >> 1);
+        const uint8* line = tile + rows_further(first) + row_offset(row, block >> 1);
         if constexpr (kBits == 16) {
             const uint4 v = *reinterpret_cast<const uint4*>(line + (((half * 4 + c) ^ exchange(row)) * 16));
             raw[0] = v.x, raw[1] = v.y, raw[2] = v.z, raw[3] = v.w;
@@ -104,10 +109,14 @@ struct OperandCopy {
         const bool inside = column + chunk * 16 < row_bytes;
         column = inside ? column : 0;
         const uint8* const start = kKeep ? nullptr : ptx::opaque(base + column + chunk * 16);
+        // Where codes are decoded, registers and instructions are short; elsewhere the compiler does better by itself.
+        constexpr bool kLinear = !Tile::kByMatrix && kRowsAtOnce % 8 == 0;
+        const uint32 first = shared + Tile::offset(row, chunk);
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
             if (!is_mine(pass)) break;
-            const uint32 to = shared + Tile::offset(row + pass * kRowsAtOnce, chunk);
+            const uint32 to = kLinear ? first + Tile::rows_further(pass * kRowsAtOnce)
+                                                   : shared + Tile::offset(row + pass * kRowsAtOnce, chunk);
             if constexpr (kKeep) {
                 ptx::cp_async_16(to, from[pass] + column, inside && (!kZeros || there[kZeros ? pass : 0]));
             } else {

@@ -37,6 +37,23 @@ struct StageScales {
     static_assert(kThreads % kUnits == 0, "a thread keeps to its unit");
 
     uint32 factors[kItems + 1], zeros[kHasZeros ? kItems : 1], row_factors[kRowItems + 1];
+    const uint8* own[kUniform ? 2 : 1];  // kUniform: the line of scales of weights and that of a row that a thread reads
+
+    static __device__ __forceinline__ uint32 bytes_of(ScaleFormat format) { return format == ScaleFormat::kF32 ? 4 : 1; }
+
+    // Arguments as for `fetch`.
+    __device__ __forceinline__ void start(const GemmArguments& p, int32 expert, const int32* sources, const int32* lines) {
+        if constexpr (kUniform) {
+            static_assert(kUnits == 1 && kLines <= kThreads && kRows <= kThreads, "a thread has one scale of each side");
+            const int32 line = threadIdx.x < kLines ? lines[threadIdx.x * kEach] : 0;
+            const int32 row = threadIdx.x < kRows ? sources[threadIdx.x] : -1;
+            own[0] = static_cast<const uint8*>(p.group_scale) +
+                     (static_cast<int64>(expert) * p.scale_lines + line) * p.groups * bytes_of(p.group_scale_format);
+            own[1] = row < 0 ? nullptr
+                             : static_cast<const uint8*>(p.a_scale) +
+                                   static_cast<int64>(row) * p.groups * bytes_of(p.a_scale_format);
+        }
+    }
 
     // Starts reading the scales of columns `k`.. of an expert; `span` columns are a unit.  `sources` are rows of a, -1
     // where there is none; `lines` of scales belong to the `rows` of weights.
@@ -48,7 +65,16 @@ struct StageScales {
             const bool inside = start < p.K;
             // Exact below 2^22 columns: the half keeps the quotient away from whole numbers.
             const int32 g = inside ? static_cast<int32>((static_cast<float>(start) + 0.5f) * p.inverse_group) : 0;
-            const uint32 each = p.group_scale_format == ScaleFormat::kF32 ? 4 : 1, pitch = p.groups * each;
+            if constexpr (kUniform) {
+                if (threadIdx.x < kLines)
+                    take(stage + threadIdx.x, own[0] + g * bytes_of(p.group_scale_format), inside, p.group_scale_format, true,
+                         factors[0]);
+                if (kRows == kThreads || threadIdx.x < kRows)
+                    take(stage + kFactors + threadIdx.x, own[1] + g * bytes_of(p.a_scale_format), inside && own[1],
+                         p.a_scale_format, true, row_factors[0]);
+                return;
+            }
+            const uint32 each = bytes_of(p.group_scale_format), pitch = p.groups * each;
             const uint8* const scales = ptx::opaque(static_cast<const uint8*>(p.group_scale) +
                                                     static_cast<int64>(expert) * p.scale_lines * pitch + g * each);
 #pragma unroll
@@ -59,7 +85,7 @@ struct StageScales {
                 take(stage + kWords + unit * kPitch + j, at, inside, p.group_scale_format, kHasFactors, factors[i]);
                 if constexpr (kHasZeros) zeros[i] = inside ? zero_point(p, expert, rows[j], g) : 0;
             }
-            const uint32 row_each = p.a_scale_format == ScaleFormat::kF32 ? 4 : 1, row_pitch = p.groups * row_each;
+            const uint32 row_each = bytes_of(p.a_scale_format), row_pitch = p.groups * row_each;
             const uint8* const row_scales = ptx::opaque(static_cast<const uint8*>(p.a_scale) + g * row_each);
 #pragma unroll
             for (int i = 0; i < kRowItems; ++i) {

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kSimtThreads, 1) grouped_gemm_simt_kernel(cons
     __shared__ __align__(16) float shared[kRing > kSums ? kRing : kSums];
     __shared__ int32 sources[kRows], weight_rows[kSimtColumns];
     BlockTile tile;
-    if (!find_tile(p, tile)) return;
+    if (!find_tile<kRows>(p, tile)) return;
     for (int32 r = threadIdx.x; r < kRows; r += kSimtThreads)
         sources[r] = r < tile.rows ? source_row(p, tile.first_row + r) : -1;
     for (int32 j = threadIdx.x; j < kSimtColumns; j += kSimtThreads)

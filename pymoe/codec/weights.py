@@ -12,7 +12,7 @@ from pymoe.codec.e8m0 import decode_e8m0
 from pymoe.codec.fp4 import decode_e2m1, unpack_nibbles
 from pymoe.codec.fp8 import decode_e4m3
 from pymoe.device.arrays import namespace
-from pymoe.quantization import FusedMoEQuantConfig, FusedMoEQuantDesc, QuantKey
+from pymoe.quantization import FusedMoEQuantConfig, FusedMoEQuantDesc, QuantKey, kTf32
 
 __all__ = ["WeightOperand", "code_table"]
 
@@ -26,7 +26,8 @@ class WeightOperand:
     Attributes
     ----------
     codes : ndarray, (E, N, K) or (E, N, K/2)
-        Floats where `key` is None, else int8 or uint8; 4-bit codes two a byte, low nibble = even k.
+        Floats where `key` is None, float32 where it is `kTf32`, else int8 or uint8; 4-bit codes two a byte, low nibble
+        = even k.
     K : int
         Columns, unpacked.
     key : QuantKey or None
@@ -76,8 +77,8 @@ class WeightOperand:
         key = quant_config.weight_key
         xp = namespace(w)
         bias = None if desc.bias is None else xp.asarray(desc.bias, np.float32)
-        if key is None:
-            return cls.unquantized(w, bias)
+        if key is None or key == kTf32:
+            return cls(w, K, key, bias=bias)
         codes = w.view(np.uint8) if w.dtype.itemsize == 1 and w.dtype != np.int8 else w
         E, N = w.shape[:2]
         scale = xp.asarray(desc.scale)

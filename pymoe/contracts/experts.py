@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 from typing import Any
 
+import numpy as np
+
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
 from pymoe.contracts.results import ExpertTokensMetadata, FusedMoEActivationFormat
 from pymoe.contracts.weight_and_reduce import TopKWeightAndReduce
 from pymoe.errors import ArgumentError, ShapeError, complaint
-from pymoe.quantization import FusedMoEQuantConfig, QuantKey
+from pymoe.quantization import FusedMoEQuantConfig, QuantKey, kTf32
 
 Array = Any
 Activation = MoEActivation | RegisteredActivation
@@ -131,6 +133,10 @@ class FusedMoEExperts(abc.ABC):
             (lambda: moe_config.is_act_and_mul or cls._supports_no_act_and_mul(), "non-gated activations"),
             (lambda: cls._supports_activation(activation), f"activation {activation.value}"),
             (lambda: cls._supports_quant_scheme(weight_key, activation_key), f"quant scheme {keys[0]} x {keys[1]}"),
+            (
+                lambda: weight_key != kTf32 or moe_config.in_dtype == np.float32,
+                f"quant scheme kTf32 with tokens of dtype {moe_config.in_dtype}",
+            ),
             (lambda: cls._supports_parallel_config(parallel), f"parallel config {parallel}"),
             (lambda: cls._supports_routing_method(method, weight_key, activation_key), f"routing method {method.name}"),
             (

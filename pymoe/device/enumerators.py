@@ -8,7 +8,7 @@ from pymoe.activations import ActivationConfig, MoEActivation
 
 __all__ = ["FORMATS", "NO_ACTIVATION", "SCALES", "ActivationFields", "activation_fields"]
 
-FORMATS = {name: i for i, name in enumerate(("F32", "BF16", "FP16", "E4M3", "S8", "U8", "U4", "E2M1"))}
+FORMATS = {name: i for i, name in enumerate(("F32", "BF16", "FP16", "E4M3", "S8", "U8", "U4", "E2M1", "TF32"))}
 """`Format` of ``common/convert.cuh``."""
 SCALES = {"F32": 0, "E8M0": 1, "E4M3": 2}
 """`ScaleFormat` of ``common/convert.cuh``."""

@@ -17,7 +17,7 @@ from pymoe.contracts.experts import Activation
 from pymoe.device.arena import padded
 from pymoe.experts.routed import supports_quant_scheme
 from pymoe.ops.quantize import quantize_activations
-from pymoe.quantization import FusedMoEQuantConfig, QuantKey
+from pymoe.quantization import FusedMoEQuantConfig, QuantKey, kTf32
 
 __all__ = ["CudaAbilities", "CudaExpertWeights", "WeightsCache", "dense_rows", "intermediate_bytes"]
 
@@ -49,7 +49,7 @@ class CudaAbilities:
 
     @staticmethod
     def _supports_quant_scheme(weight_key: QuantKey | None, activation_key: QuantKey | None) -> bool:
-        return supports_quant_scheme(weight_key, activation_key)
+        return (weight_key, activation_key) == (kTf32, None) or supports_quant_scheme(weight_key, activation_key)
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:

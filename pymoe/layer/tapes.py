@@ -114,7 +114,7 @@ class Tapes:
                 continue
             if not is_cuda(x) or not x.flags.c_contiguous or x.data.ptr % _BYTES or x.size == 0:
                 return None
-            key.append((x.shape, x.dtype, x.device.id))
+            key.append((x.shape, x.dtype, x.data.device_id))
         M = arrays[0].shape[0]  # type: ignore[union-attr]
         layer = self._layer
         if key[1][2] != where[0] or M > layer._kernel(key[1][1])[0].impl.chunk_size:

@@ -6,7 +6,7 @@ for bit, ``pymoe.ops.quantize`` computes it.
 
 from pymoe.quantization.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig, FusedMoEQuantDesc
 from pymoe.quantization.keys import *  # noqa: F403  every key under its own name
-from pymoe.quantization.keys import QUANT_KEYS, GroupShape, QuantKey, ScaleDesc
+from pymoe.quantization.keys import QUANT_KEYS, GroupShape, QuantKey, ScaleDesc, kTf32
 
 __all__ = [
     "FUSED_MOE_UNQUANTIZED_CONFIG",
@@ -16,5 +16,6 @@ __all__ = [
     "GroupShape",
     "QuantKey",
     "ScaleDesc",
+    "kTf32",
     *QUANT_KEYS,
 ]

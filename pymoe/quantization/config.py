@@ -24,12 +24,13 @@ from pymoe.quantization.keys import (
     kMxfp8Static,
     kNvfp4Dynamic,
     kNvfp4Static,
+    kTf32,
     make_key,
 )
 
 Array = Any
 
-_WEIGHT_DTYPES = ("fp8", "int8", "int4", "mxfp8", "mxfp4", "nvfp4")
+_WEIGHT_DTYPES = ("fp8", "int8", "int4", "mxfp8", "mxfp4", "nvfp4", "tf32")
 _ACTIVATION_DTYPES = ("fp8", "int8", "mxfp8", "mxfp4", "nvfp4")
 _LATER = ("mxfp6_e3m2", "mxfp6_e2m3", "mxfp6", "fp8_e5m2", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "fnuz")
 # Activation dtypes that each weight dtype may be multiplied with; None is weight-only (a16).
@@ -41,6 +42,7 @@ _PARTNERS: dict[str | None, tuple[str | None, ...]] = {
     "mxfp8": ("mxfp8", None),
     "mxfp4": ("mxfp4", "mxfp8", None),
     "nvfp4": ("nvfp4", None),
+    "tf32": (None,),
 }
 
 
@@ -124,8 +126,9 @@ class FusedMoEQuantConfig:
         ----------
         quant_dtype : {None, "fp8", "int8", "mxfp8", "mxfp4", "nvfp4"} or dtype
             Activations; None leaves them as they are (weight-only when `weight_dtype` is given).
-        weight_dtype : {None, "fp8", "int8", "int4", "mxfp8", "mxfp4", "nvfp4"} or dtype
-            Weights; None means `quant_dtype`.
+        weight_dtype : {None, "fp8", "int8", "int4", "mxfp8", "mxfp4", "nvfp4", "tf32"} or dtype
+            Weights; None means `quant_dtype`.  "tf32" leaves float32 as it is and permits CUDA devices to round both
+            operands to TF32 where they multiply them.
         per_act_token_quant : bool
             One scale a token instead of one for all tokens (fp8, int8).
         per_out_ch_quant : bool
@@ -230,6 +233,11 @@ class FusedMoEQuantConfig:
         return cls.make(None, "nvfp4", **kwargs)
 
     @classmethod
+    def tf32(cls, **kwargs: Any) -> FusedMoEQuantConfig:
+        """float32 weights and activations, rounded to TF32 (10 bits of fraction) in products; CUDA devices only."""
+        return cls.make(None, "tf32", **kwargs)
+
+    @classmethod
     def biased(cls, **kwargs: Any) -> FusedMoEQuantConfig:
         """Unquantized, with biases."""
         return cls.make(None, None, **kwargs)
@@ -263,6 +271,8 @@ class FusedMoEQuantConfig:
             return None
         if dtype in ("mxfp8", "mxfp4", "nvfp4"):
             return {"mxfp8": kMxfp8Static, "mxfp4": kMxfp4Static, "nvfp4": kNvfp4Static}[dtype]
+        if dtype == "tf32":
+            return kTf32
         if dtype == "int4":
             return kInt4Static if self.w1.zp is None else kInt4StaticAsym
         if dtype == "int8" and self.quant_dtype is None:
@@ -328,7 +338,7 @@ def _check_operands(
     """Every array that the scheme needs is there, and none that it would not read."""
     static_ok = a_dtype in ("fp8", "int8") and not token and block is None
     allowed = {
-        "scale": w_dtype is not None,
+        "scale": w_dtype not in (None, "tf32"),
         "scale_2": w_dtype == "nvfp4",
         "zp": w_dtype == "int4" or (w_dtype == "int8" and a_dtype is None),
     }

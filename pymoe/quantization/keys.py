@@ -32,7 +32,8 @@ class QuantKey:
     """One way to quantize one operand; compared by value.
 
     `dtype` is one of ``fp8`` (e4m3fn), ``int8``, ``uint8b128`` (stored + 128), ``uint8`` (with zero point), ``uint4b8``
-    (stored + 8), ``uint4`` (with zero point) and ``fp4`` (e2m1); two 4-bit codes a byte, low nibble = even k.
+    (stored + 8), ``uint4`` (with zero point) and ``fp4`` (e2m1); two 4-bit codes a byte, low nibble = even k.  The
+    weights of `kTf32` are float32 without scales, rounded to TF32 where they are multiplied.
     """
 
     dtype: str
@@ -48,7 +49,7 @@ class QuantKey:
     @property
     def name(self) -> str:
         """The constant's name, such as ``kFp8DynamicTokenSym``; the representation for a key without one."""
-        return next((name for name, key in QUANT_KEYS.items() if key == self), repr(self))
+        return next((name for name, key in (QUANT_KEYS | {"kTf32": kTf32}).items() if key == self), repr(self))
 
 
 def make_key(dtype: str, scale: str, static: bool, shape: tuple[int, int], **kwargs: Any) -> QuantKey:
@@ -84,3 +85,6 @@ kNvfp4Static = make_key("fp4", "fp8", True, (1, 16), scale2=_GLOBAL)
 kNvfp4Dynamic = make_key("fp4", "fp8", False, (1, 16), scale2=_GLOBAL)
 
 QUANT_KEYS: dict[str, QuantKey] = {name: key for name, key in list(globals().items()) if isinstance(key, QuantKey)}
+
+kTf32 = make_key("tf32", "float32", True, PER_TENSOR)
+"""No quantization: it has no codes, so `QUANT_KEYS` does without it."""

@@ -12,10 +12,10 @@ from pymoe.codec.fp8 import decode_e4m3
 from pymoe.codec.weights import WeightOperand
 from pymoe.device.arrays import HIDDEN_DTYPES, as_numpy, is_cuda
 from pymoe.device.backend import uses_numba
-from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
+from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
 from pymoe.ops.grouped_gemm import _numpy
 from pymoe.ops.grouped_gemm._operands import Rows
-from pymoe.quantization import QuantKey
+from pymoe.quantization import QuantKey, kTf32
 
 __all__ = ["grouped_gemm"]
 
@@ -87,6 +87,8 @@ def grouped_gemm(
         from pymoe.ops.grouped_gemm import _cuda
 
         return _cuda.multiply_sorted(a, w, expert_offsets, gather, a_scale, a_key, out, backend)
+    if w.key == kTf32:
+        raise UnsupportedError(complaint(_CALL, "w.key", "be another for NumPy arrays", w.key.name, "Use no key"))
     numba = uses_numba(_CALL, backend)
     a = as_numpy(_CALL, "a", a)
     E, N = w.codes.shape[:2]

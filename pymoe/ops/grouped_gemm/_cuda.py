@@ -26,7 +26,7 @@ from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from pymoe.ops.grouped_gemm import _cuda_arguments as arguments
 from pymoe.ops.grouped_gemm import _sm90
 from pymoe.ops.grouped_gemm._cuda_instances import Instance, Operands, all_instances, choose, choose_tile_rows
-from pymoe.quantization import QuantKey
+from pymoe.quantization import QuantKey, kTf32
 
 __all__ = [
     "TileList",
@@ -177,9 +177,10 @@ def grouped_gemm(
     instance = choose(found, rows.tile_rows, archs.current_arch())
     # A tile of gate and up halves has half as many columns of the answer.
     column_tiles = -(-(2 * width if halves else N) // instance.columns)
+    parts = 1 if instance.mapped else rows.tile_rows // instance.rows
     sizes = arguments.Sizes(
         operands.K, N, width, rows.tiles.shape[0], column_tiles, gather_div,
-        *_group_sizes(w, operands, a_key), _stores_four(out, width), int(activation is not None), *a_fields,
+        *_group_sizes(w, operands, a_key), _stores_four(out, width), int(activation is not None), parts, *a_fields,
         SCALES[operands.scale], FORMATS[operands.a], FORMATS[operands.b],
         FORMATS[_FLOATS[out.dtype]],
     )  # fmt: skip
@@ -187,7 +188,7 @@ def grouped_gemm(
         address(a), address(codes), address(out), address(rows.tiles), address(rows.tile_count), _pointer(gather),
         _pointer(a_scale), _pointer(w.group_scale), _pointer(w.row_scale), _pointer(w.bias), _pointer(w.zp),
     )  # fmt: skip
-    blocks = sizes.capacity * column_tiles
+    blocks = sizes.capacity * parts * column_tiles
     if blocks >= 2**30:
         raise UnsupportedError(complaint(_CALL, "a", "need fewer than 2^30 tiles", blocks, "Use a smaller chunk_size"))
     if activation is not None and isinstance(activation.activation, RegisteredActivation):
@@ -228,7 +229,12 @@ def _operands(
             raise ArgumentError(complaint(_CALL, "a_scale", f"be given for {key.name}", None))
         kind, scale_format = _row_scale(a, w, key, scale)
         a_groups = kind == "group"
-    found = Operands(_format("a", a, key), b, w.K, group, a_groups, weight_scale)
+    a_format = _format("a", a, key)
+    if b == "TF32":
+        if a_format != "F32":
+            raise DTypeError(complaint(_CALL, "a", "be float32 for weights of kTf32", a.dtype))
+        a_format = b
+    found = Operands(a_format, b, w.K, group, a_groups, weight_scale)
     return found, (arguments.ROW_SCALES[kind], SCALES[scale_format])
 
 
@@ -240,6 +246,10 @@ def _format(argument: str, x: Array, key: QuantKey | None) -> str:
         if x.dtype not in _FLOATS:
             raise DTypeError(complaint(_CALL, argument, "be float32, float16 or bfloat16 without a key", x.dtype))
         return _FLOATS[x.dtype]
+    if key == kTf32:
+        if x.dtype != np.float32:
+            raise DTypeError(complaint(_CALL, argument, "be float32 for kTf32", x.dtype))
+        return "TF32"
     if x.dtype not in (np.uint8, np.int8):
         raise DTypeError(complaint(_CALL, argument, f"hold one-byte codes of {key.name}", x.dtype))
     return _CODES[key.dtype]

@@ -48,6 +48,7 @@ class Sizes(NamedTuple):
     scales_before_sum: int
     vector_store: int
     activated: int
+    parts: int
     a_scale_kind: int
     a_scale_format: int
     group_scale_format: int
@@ -56,7 +57,7 @@ class Sizes(NamedTuple):
     out_format: int
 
 
-_LAYOUT = struct.Struct("<11Q10if11i5f4x")
+_LAYOUT = struct.Struct("<11Q10if12i5f")
 NBYTES = _LAYOUT.size
 _VOID = np.dtype(f"V{NBYTES}")
 

@@ -26,7 +26,7 @@ __all__ = [
 TILE_ROWS = (16, 64, 128)
 """Rows of a tile, one of which a work list is made for."""
 
-BITS = {"F32": 32, "BF16": 16, "FP16": 16, "E4M3": 8, "S8": 8, "U8": 8, "U4": 4, "E2M1": 4}
+BITS = {"F32": 32, "TF32": 32, "BF16": 16, "FP16": 16, "E4M3": 8, "S8": 8, "U8": 8, "U4": 4, "E2M1": 4}
 """Formats by their names in `cuda_src/common/convert.cuh`, with the bits of an element."""
 
 _SHARED_BYTES = 103 * 1024
@@ -63,7 +63,7 @@ class Operands(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """A compiled kernel and what launching it takes."""
+    """A compiled kernel and what launching it takes; `rows` of a block, of which a tile of the list may hold two."""
 
     kernel: KernelId
     rows: int
@@ -87,7 +87,7 @@ class _Pair(NamedTuple):
 
 _FLOATS = ("BF16", "FP16")
 _PAIRS = (
-    *(_Pair(a, a, "None", 32) for a in _FLOATS),
+    *(_Pair(a, a, "None", 32) for a in (*_FLOATS, "TF32")),
     *(_Pair(a, "E4M3", "None", 32) for a in _FLOATS),
     *(_Pair(a, b, "Sums", 32) for a in _FLOATS for b in ("E4M3", "U8", "U4")),
     *(_Pair("BF16", b, "Fold", 32) for b in ("E4M3", "E2M1")),
@@ -125,7 +125,7 @@ def choose(operands: Operands, tile_rows: int, arch: str) -> Instance:
     pair = _pair(operands)
     whole = all(operands.K * BITS[side] % 128 == 0 for side in (operands.a, operands.b))
     if pair is None or not whole or operands.K > _MOST_COLUMNS:
-        return _simt(operands.a == operands.b == "F32", tile_rows)
+        return _simt(operands.a == operands.b and operands.a in ("F32", "TF32"), tile_rows)
     if arch == "sm_90a" and tile_rows > 16 and not operands.scattered and _is_16_bit(pair) and operands.K:
         return _sm90(pair.a, operands.K < _SM90_LONG)
     return _tensor(pair, tile_rows, limits(arch).shared_bytes, arch)
@@ -136,10 +136,8 @@ def all_instances(arch: str) -> tuple[Instance, ...]:
     shared = limits(arch).shared_bytes
     tensor = [_tensor(pair, rows, shared, arch) for pair in _PAIRS for rows in TILE_ROWS]
     simt = [_simt(plain, rows) for plain in (False, True) for rows in TILE_ROWS]
-    if arch != "sm_90a":
-        return (*tensor, *simt)
-    sm90 = [_sm90(a, turns) for a in _FLOATS for turns in (False, True)]
-    return (*tensor, *simt, *sm90)
+    sm90 = [_sm90(a, turns) for a in _FLOATS for turns in (False, True)] if arch == "sm_90a" else []
+    return tuple(dict.fromkeys((*tensor, *simt, *sm90)))
 
 
 def _pair(operands: Operands) -> _Pair | None:
@@ -180,11 +178,15 @@ def _sm90(a: str, turns: bool) -> Instance:
 
 @lru_cache(maxsize=256)
 def _tensor(pair: _Pair, rows: int, shared_limit: int, arch: str) -> Instance:
-    wide = BITS[pair.a] == 16
+    native = _is_native(pair, arch)
+    if _is_uniform(pair) and not native:
+        rows = min(rows, 64)  # totals and partial sums of more rows would leave room for one block only
+    wide = BITS[pair.a] >= 16
     columns = 64 if rows == 16 and BITS[pair.b] > 4 else 128
     # A stage holds 64 to 128 bytes of a weight row, and fewer where two-byte activations would fill it.
     depth = 64 if wide and rows > 16 else 128
-    native = _is_native(pair, arch)
+    if BITS[pair.a] == 32:
+        depth //= 2
     warps = _warps(pair, rows, native, arch)
     limit = min(_SHARED_BYTES, shared_limit)
     if _shared_bytes(pair, rows, columns, depth, 3) > limit:
@@ -206,7 +208,9 @@ def _is_16_bit(pair: _Pair) -> bool:
 
 def _is_native(pair: _Pair, arch: str) -> bool:
     """Whether the tensor cores of `arch` multiply the codes of this pair as they are."""
-    return pair.a == pair.b and (pair.a in (*_FLOATS, "S8") or (pair.a == "E4M3" and arch in ("sm_89", "sm_120")))
+    if pair.a == pair.b == "E4M3":
+        return arch in ("sm_89", "sm_120")
+    return pair.a == pair.b and pair.a in (*_FLOATS, "TF32", "S8")
 
 
 def _warps(pair: _Pair, rows: int, native: bool, arch: str) -> tuple[int, int]:
@@ -216,7 +220,7 @@ def _warps(pair: _Pair, rows: int, native: bool, arch: str) -> tuple[int, int]:
     smaller ones hide more of the memory's latency; those of int4 just fit the registers of sm_90a.
     """
     if rows < 128:
-        return (1, 4) if rows == 16 else (2, 2)
+        return (1, 4) if rows == 16 or (_is_uniform(pair) and not native) else (2, 2)
     if pair.scaling == "Sums" and pair.b == "U4" and arch == "sm_90a":
         return (2, 2)
     return (2, 4) if native or pair.scaling in ("Sums", "Blocks") else (2, 2)

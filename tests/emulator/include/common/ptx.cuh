@@ -13,6 +13,7 @@ inline uint32 shared_address(const void* pointer) {
 }
 inline uint32 dynamic_shared_bytes() { return emulator::dynamic_bytes; }
 inline const uint8* opaque(const uint8* address) { return address; }
+inline int32 afresh(int32 x) { return x; }
 
 // As wrong as the instructions may be: in either direction, by the argument's own bits.
 inline float estimate(double exact, float x) {
@@ -102,6 +103,12 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32 (&a)[4], const uint32 
 }
 inline void mma_m16n8k16_fp16(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2], const float (&c)[4]) {
     mma(d, a, b, c, 2, [](uint32 pair, int i) { return __half2float({(unsigned short)(pair >> 16 * i)}); });
+}
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2], const float (&c)[4]) {
+    mma(d, a, b, c, 1, [](uint32 one, int) { return __uint_as_float(one & 0xFFFFE000u); });
+}
+inline uint32 cvt_rna_tf32(uint32 x) {
+    return (x & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FFFFFFFu : (x + 0x1000u) & 0xFFFFE000u;
 }
 inline void mma_m16n8k32_s8(int32 (&d)[4], const uint32 (&a)[4], const uint32 (&b)[2], const int32 (&c)[4]) {
     mma(d, a, b, c, 4, [](uint32 four, int i) { return int32(int8(four >> 8 * i)); });
