@@ -60,6 +60,7 @@ def transfers(comm, transport):
     from pymoe.comm import agree, connecting, place
     from pymoe.comm.plan import counts_of
     from pymoe.comm.transports.base import DISPATCH, Payload
+    from pymoe.comm.waiting import Wait
 
     with connecting("bench", comm, transport) as group:
         ranks = place("bench", group, "linear", comm.size, 1)
@@ -77,8 +78,9 @@ def transfers(comm, transport):
         def move(order=None, counts=counts, source=source):
             transfer = group.transport.open(DISPATCH, counts, [ROW])
             transfer.send([Payload(source, order)])
+            wait = Wait(60.0)  # as a layer waits: a yield at once would give a busy core away for milliseconds
             while transfer.missing() or transfer.unsettled():
-                os.sched_yield()
+                wait.pause()
 
         sizes = matrix[comm.rank] * ROW
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
