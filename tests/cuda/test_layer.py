@@ -255,10 +255,11 @@ def test_views_are_taken_or_refused_by_name(cuda):
 def test_bad_arguments_raise_before_any_launch(cuda, change, kind, text):
     x, w1, w2 = change(to_device(tokens(4)), to_device(W1), to_device(W2))
     weights, ids = to_device(np.ones((4, 1), np.float32)), to_device(np.zeros((4, 1), np.int32))
+    gc.collect()  # what earlier tests left would be freed on the way
     used = cuda.get_default_memory_pool().used_bytes()
     with pytest.raises(kind, match=text):
         pymoe.fused_experts(x, w1, w2, weights, ids)
-    assert cuda.get_default_memory_pool().used_bytes() == used
+    assert cuda.get_default_memory_pool().used_bytes() <= used
 
 
 def test_checked_mode_names_the_bad_id(cuda):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 
 import ml_dtypes
@@ -223,5 +224,6 @@ def test_ten_thousand_exchanges_leak_nothing(package, cuda):
     free_after, used_after, resident_after = settled()
     print(f"device {free - free_after} B, pool {used_after - used} B, process {resident_after - resident} B")
     assert used_after - used < 1 << 20
-    assert free - free_after < 16 << 20
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # other workers take of the device's memory meanwhile
+        assert free - free_after < 16 << 20
     assert resident_after - resident < 16 << 20
