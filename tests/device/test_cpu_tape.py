@@ -183,6 +183,34 @@ def test_calls_after_a_pause_wake_the_crew():
         assert np.isfinite(y).all()
 
 
+@numba.njit(nogil=True)
+def meet(start, stop, arrived, met):
+    """Wait for another block to have begun, for a while: two threads meet, one alone does not."""
+    for i in range(start, stop):
+        arrived[i] = 1
+        for _ in range(200_000_000):
+            if arrived[1 - i] != 0:
+                met[i] = 1
+                break
+
+
+def test_the_crew_comes_to_every_call(monkeypatch):
+    """A helper that falls asleep as the next call begins must still be seen: else every other call is alone."""
+    monkeypatch.setenv("PYMOE_NUM_THREADS", "2")
+    arrived, met = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    recorder = CpuRecorder([arrived, met])
+    with recorder.active():
+        run_blocks(meet, 2, arrived, met)
+    tape = recorder.tape()
+    missed = 0
+    for turn in range(40):
+        arrived[:], met[:] = 0, 0
+        time.sleep(0 if turn % 4 else 0.002)
+        assert plays(tape, [arrived.ctypes.data, met.ctypes.data])
+        missed += met.sum() == 0
+    assert missed <= 4
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_plays_with_a_crew_of_its_own(monkeypatch):
     monkeypatch.setenv("PYMOE_NUM_THREADS", "3")
