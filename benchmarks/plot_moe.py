@@ -1,4 +1,4 @@
-"""Draw the newest run of bench_moe.py: python benchmarks/plot_moe.py benchmarks/results/cuda_moe.json out.svg"""
+"""Draw the newest figure of each row of bench_moe.py: python benchmarks/plot_moe.py benchmarks/results/cuda_moe.json out.svg"""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "pymoe"  # the same file for the same numbers
 from matplotlib import pyplot  # noqa: E402  after the backend is chosen
 
+COLUMNS = 3
+
 
 def main(results: Path, picture: Path) -> None:
-    run = json.loads(results.read_text())["runs"][-1]
-    kinds = sorted({(row["shape"], row["scheme"]) for row in run["rows"]})
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(5.2 * len(kinds), 3.6), squeeze=False)
-    for panel, (shape, scheme) in zip(panels[0], kinds, strict=True):
-        rows = sorted((r for r in run["rows"] if (r["shape"], r["scheme"]) == (shape, scheme)), key=lambda r: r["M"])
+    runs = json.loads(results.read_text())["runs"]
+    newest = {(row["shape"], row["scheme"], row["M"]): row for run in runs for row in run["rows"]}
+    kinds = sorted({key[:2] for key in newest})
+    height = -(-len(kinds) // COLUMNS)
+    figure, grid = pyplot.subplots(height, COLUMNS, figsize=(4.4 * COLUMNS, 3.4 * height), squeeze=False)
+    for panel in grid.flat[len(kinds) :]:
+        panel.remove()
+    for panel, kind in zip(grid.flat, kinds, strict=False):
+        shape, scheme = kind
+        rows = [newest[key] for key in sorted(newest) if key[:2] == kind]
         tokens = [r["M"] for r in rows]
         panel.loglog(tokens, [r["us"] for r in rows], "o-", label="pymoe")
         panel.loglog(tokens, [r["floor_us"] for r in rows], "k:", label="floor")
@@ -27,7 +34,7 @@ def main(results: Path, picture: Path) -> None:
             panel.loglog(*zip(*peers, strict=True), "s--", label="PyTorch, grouped_mm")
         panel.set(title=f"{shape}, {scheme}", xlabel="tokens M", ylabel="microseconds a layer")
         panel.legend()
-    figure.suptitle(run["device"], fontsize=9)
+    figure.suptitle(", ".join(sorted({run["device"] for run in runs})), fontsize=9)
     figure.tight_layout()
     figure.savefig(picture, metadata={"Date": None})
 

@@ -16,6 +16,8 @@ from pymoe.device.threads import refuse_recording, run_blocks
 
 numba = pytest.importorskip("numba")
 
+from pymoe.device._numba_crew import _get  # noqa: E402  loads Numba
+
 
 class Pair(NamedTuple):
     first: np.ndarray
@@ -185,11 +187,11 @@ def test_calls_after_a_pause_wake_the_crew():
 
 @numba.njit(nogil=True)
 def meet(start, stop, arrived, met):
-    """Wait for another block to have begun, for a while: two threads meet, one alone does not."""
+    """Wait for the other block to have begun, some milliseconds: two threads meet, one alone does not."""
     for i in range(start, stop):
         arrived[i] = 1
-        for _ in range(200_000_000):
-            if arrived[1 - i] != 0:
+        for _ in range(1_000_000):
+            if _get(arrived.ctypes.data + 8 * (1 - i)) != 0:
                 met[i] = 1
                 break
 
@@ -207,8 +209,8 @@ def test_the_crew_comes_to_every_call(monkeypatch):
         arrived[:], met[:] = 0, 0
         time.sleep(0 if turn % 4 else 0.002)
         assert plays(tape, [arrived.ctypes.data, met.ctypes.data])
-        missed += met.sum() == 0
-    assert missed <= 4
+        missed += met.sum() < 2
+    assert missed <= 8
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

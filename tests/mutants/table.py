@@ -84,7 +84,7 @@ MUTANTS = [
     # Layer and checks
     Mutant("shared and routed are rounded one by one", "pymoe/dense.py", "        routed += beside.astype(np.float32)\n        out[...] = routed.astype(dtype)\n", "        out[...] = routed.astype(dtype) + beside.astype(dtype)\n", "tests/test_layer.py"),
     Mutant("an output may overlap an input", CHECKS, 'raise ArgumentError(complaint(call, "out", f"not overlap {label}", "shared memory"))', "pass", "tests/test_layer.py"),
-    Mutant("wide ids wrap into the range", CHECKS, "    legal = (topk_ids >= 0) & (topk_ids < global_num_experts)\n    if is_checked()", "    topk_ids = topk_ids.astype(np.int32)\n    legal = (topk_ids >= 0) & (topk_ids < global_num_experts)\n    if is_checked()", "tests/test_functional.py"),
+    Mutant("wide ids wrap into the range", CHECKS, "    legal = (topk_ids >= 0) & (topk_ids < global_num_experts)\n    if topk_ids.dtype", "    topk_ids = topk_ids.astype(np.int32)\n    legal = (topk_ids >= 0) & (topk_ids < global_num_experts)\n    if topk_ids.dtype", "tests/test_functional.py"),
     Mutant("the load counts dead slots", "pymoe/layer/router.py", "ids[local >= 0]", "np.maximum(ids, 0)[ids < num_experts]", "tests/test_layer.py"),
     Mutant("threads miss the last block", "pymoe/device/threads.py", "bounds = [min(units * i // blocks * grain, count) for i in range(blocks + 1)]", "bounds = [min(units * i // blocks * grain, count - 1) for i in range(blocks + 1)]", "tests/device/test_threads.py"),
     # Checkpoints
