@@ -270,7 +270,11 @@ def test_refused_with_file_and_line(case):
     assert rule in said and f"at {fn.__code__.co_filename}:{line_of(text)}" in said, said
 
 
-@pytest.mark.parametrize("fn", [math.exp, np.exp, float, functools.partial(helper, factor=2), print], ids=repr)
+@pytest.mark.parametrize(
+    "fn",
+    [math.exp, np.exp, float, functools.partial(helper, factor=2), print],
+    ids=["math.exp", "numpy.exp", "float", "partial", "print"],
+)
 def test_what_is_no_python_function_is_refused(fn):
     with pytest.raises(pymoe.ArgumentError, match="fn must be a Python function"):
         read_function("call", fn, 1)
