@@ -1,4 +1,4 @@
-"""Draw the newest figure of each row of bench_moe.py: python benchmarks/plot_moe.py benchmarks/results/cuda_moe.json out.svg"""
+"""Draw the newest figure of each row: python benchmarks/plot_moe.py benchmarks/results/cuda_moe.json out.svg"""
 
 from __future__ import annotations
 
