@@ -139,6 +139,7 @@ def register_activation(name: str, fn: Callable[..., Any], gated: bool = True) -
     --------
     >>> import math
     >>> import numpy as np
+    >>> from pymoe import register_activation
     >>> from pymoe.ops import activation
     >>> def reglu(gate, up):
     ...     return max(gate, 0.0) * up

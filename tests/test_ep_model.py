@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def script(name):
-    """Return the module of a script in ``benchmarks``."""
+    """Return the module of a script in ``benchmarks``, which finds the others beside it as when it is run."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

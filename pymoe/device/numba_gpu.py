@@ -43,14 +43,14 @@ def numpy_with_row_stack() -> Iterator[None]:
     """
     missing = not hasattr(np, "row_stack")
     if missing:
-        np.row_stack = np.vstack  # noqa: NPY201
+        setattr(np, "row_stack", np.vstack)  # noqa: B010  the stubs of 2.5 do not know it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
         if missing:
-            del np.row_stack  # noqa: NPY201
+            delattr(np, "row_stack")  # noqa: B043
 
 
 with numpy_with_row_stack():
@@ -89,7 +89,7 @@ if SIMULATED:
         total = exact + np.float64(c)
         back = total - exact
         lost = (exact - (total - back)) + (np.float64(c) - back)
-        if np.isfinite(lost) and lost and not total.view(np.int64) & 1:
+        if np.isfinite(lost) and lost and not int(total.view(np.int64)) & 1:
             total = np.nextafter(total, np.inf if lost > 0 else -np.inf)
         return np.float32(total)
 
