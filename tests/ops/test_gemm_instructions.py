@@ -8,10 +8,11 @@ import pytest
 
 import pymoe
 from pymoe import ArgumentError
-from pymoe.codec.weights import WeightOperand
+from pymoe.codec.weights import WeightOperand, code_table
 from pymoe.device.instructions import best_dot
 from pymoe.ops import grouped_gemm
 from pymoe.ops.quantize import quantize_activations
+from pymoe.quantization.keys import kFp8StaticChannelSym
 from tests.selection import selection
 
 BF16 = ml_dtypes.bfloat16
@@ -213,3 +214,16 @@ def test_an_unknown_level_is_named(monkeypatch):
     monkeypatch.setenv("PYMOE_CPU_KERNELS", "sse")
     with pytest.raises(ArgumentError, match="PYMOE_CPU_KERNELS must be amx, avx512 or plain; got 'sse'"):
         best_dot("int8")
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_every_code_of_e4m3_is_the_number_that_it_stands_for(level, rows):
+    """One row of ones at one k reads one column of codes; every code stands in every place of a vector."""
+    codes = (np.arange(256)[:, None] + np.arange(256)).astype(np.uint8)
+    codes[codes & 0x7F == 0x7F] = 0
+    w = WeightOperand(codes[None], 256, kFp8StaticChannelSym, row_scale=np.ones((1, 256), np.float32))
+    values = code_table("fp8")[codes]
+    for first in range(0, 256, rows):
+        a = np.eye(256, dtype=BF16)[first : first + rows]
+        y = grouped_gemm(a, w, np.array([0, len(a)]))
+        np.testing.assert_array_equal(y, values[:, first : first + rows].T)
