@@ -133,6 +133,19 @@ def test_what_a_tape_does_not_know_takes_the_ordinary_path():
         ours(x, out=x)
     with pytest.raises(pymoe.ShapeError, match="out"):
         ours(x, out=np.empty((4, K), BF16))
+    for _ in range(4):
+        ours(x, out=np.empty_like(x))
+    locked = np.zeros_like(x)
+    locked.flags.writeable = False
+    with pytest.raises(pymoe.ArgumentError, match="out"):
+        ours(x, out=locked)
+    assert not locked.astype(np.float32).any()
+    with pytest.raises(pymoe.ShapeError, match="hidden_states"):
+        ours(np.array(1, BF16))
+    raw = np.empty(x.nbytes + 1, np.uint8)
+    shifted = raw[1:].view(BF16).reshape(x.shape)
+    shifted[...] = x
+    assert ours(shifted).tobytes() == plain(x).tobytes()
     ours.close()
     with pytest.raises(pymoe.ClosedError):
         ours(x)

@@ -29,7 +29,7 @@ _LINE = 8
 _LENGTH, _JOBS, _STATES, _FAILED, _HEADER = range(5)
 _ENTRY, _ARGUMENTS, _COUNT, _GRAIN, _JOB = range(5)
 _NEXT, _DONE, _STATE = 0, _LINE, 2 * _LINE
-_PROGRAM, _TURN, _PRESENT, _BOX = 0, _LINE, 2 * _LINE, 3 * _LINE
+_PROGRAM, _TURN, _PRESENT, _ENDED, _BOX = 0, _LINE, 2 * _LINE, 3 * _LINE, 4 * _LINE
 _SPINS = 16000
 """Looks at the mailbox, some 12 ns each, before a helper sleeps: it is awake for calls that follow each other."""
 _PATIENCE = 4000
@@ -193,15 +193,17 @@ class _Helper:
         self._box, self._yield_core = box, yield_core
         self._woken = threading.Event()
         self.asleep = False
+        # Compiled before the thread runs: a process may end while a thread of its own still compiles.
+        _serve(box.ctypes.data, 0, 0, yield_core)
         threading.Thread(target=self._run, name="pymoe-crew", daemon=True).start()
 
     def _run(self) -> None:
         seen = 0
         while True:
-            turn = self._box[_TURN]
             seen = _serve(self._box.ctypes.data, seen, _SPINS, self._yield_core)
-            # A caller that began meanwhile found nobody asleep: whoever holds the GIL decides who sees whom.
-            if self._box[_TURN] == turn:
+            # Not while a call is on that this thread has not seen: its caller found nobody asleep.  Both look under the
+            # GIL, so one of them sees the other.
+            if self._box[_TURN] in (seen, self._box[_ENDED]):
                 self.asleep = True
                 self._woken.wait()
                 self._woken.clear()
@@ -234,6 +236,7 @@ class _Crew:
                 helper.wake()
             return bool(_conduct(self._box.ctypes.data, header, self.yield_core))
         finally:
+            self._box[_ENDED] = self._box[_TURN]
             self.lock.release()
 
 

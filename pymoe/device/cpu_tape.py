@@ -79,6 +79,8 @@ class CpuRecorder:
             for at in native.addresses:
                 address = int(native.words[at])
                 roles = [role for role, (start, stop) in enumerate(ranges) if start <= address < stop]
+                if len(roles) > 1:
+                    return None  # two arrays that share memory could not be told apart where they do not
                 patches.extend((native.words, at, role, address - ranges[role][0]) for role in roles)
         if {patch[2] for patch in patches} != set(range(len(ranges))):
             return None  # a copy of one of the arrays was computed with

@@ -32,6 +32,11 @@ class _Entry(NamedTuple):
     nbytes: int
 
 
+def _is_plain(x: Any) -> bool:
+    """Return whether `x` is a matrix that kernels take as it lies in memory."""
+    return type(x) is np.ndarray and x.ndim == 2 and x.size > 0 and x.flags.c_contiguous and x.flags.aligned
+
+
 class CpuTapes:
     """The tapes of one layer, by what its calls' arrays are.
 
@@ -141,10 +146,9 @@ class CpuTapes:
         layer = self._layer
         if ids is not None or is_checked():
             return None
-        for array in (x, logits, out):
-            if array is not None and (type(array) is not np.ndarray or not array.flags.c_contiguous or not array.size):
-                return None
-        if logits is not None and logits.dtype != np.float32:
+        if not all(array is None or _is_plain(array) for array in (x, logits, out)):
+            return None
+        if (logits is not None and logits.dtype != np.float32) or (out is not None and not out.flags.writeable):
             return None
         experts, slots = layer.num_experts, x.shape[0] * layer.topk
         if min(experts, slots) * ((layer._w1.nbytes + layer._w2.nbytes) // experts) > _MOST_BYTES:
