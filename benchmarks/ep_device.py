@@ -119,21 +119,63 @@ def transfers(comm, slowest):
 
 def layer_s(comm, slowest, transport):
     """Return seconds of a layer over the ranks, of its dispatch and its combine, and of one GPU with all of it."""
+    import pymoe
+
+    E, topk, M = (LAYER[name] for name in ("E", "topk", "M"))
+    w1, w2, gate, x = layer_arrays()
+    mine = np.array_split(np.arange(E), comm.size)[comm.rank]
+    tokens = np.array_split(np.arange(M), comm.size)[comm.rank]
+    here = x[tokens[0] : tokens[-1] + 1]
+    first, last = int(mine[0]), int(mine[-1]) + 1
+    with pymoe.MoELayer(w1[first:last], w2[first:last], topk=topk, num_experts=E, gate=gate, comm=comm,
+                        transport=transport) as layer:  # fmt: skip
+        work = finished(layer, here)
+        for _ in range(3):
+            work()
+        whole = slowest(comm, work, 0.5)
+        dispatch, combine = halves_s(comm, work)
+    one = finished(pymoe.MoELayer(w1, w2, topk=topk, gate=gate), x)
+    for _ in range(3):
+        one()
+    return {
+        "layer_s": whole,
+        "dispatch_s": max(comm.allgather(dispatch)),
+        "combine_s": max(comm.allgather(combine)),
+        "one_gpu_s": slowest(comm, one, 0.3),
+    }
+
+
+def layer_arrays():
+    """Return random weights, gate and tokens of the layer, bfloat16, the same on every rank."""
     import cupy
 
-    import pymoe
     from pymoe.device.arrays import BFLOAT16
-    from pymoe.prepare_finalize.exchange import Exchange
 
-    E, topk, K, width, M = (LAYER[name] for name in ("E", "topk", "K", "I", "M"))
+    E, K, width, M = (LAYER[name] for name in ("E", "K", "I", "M"))
     random = cupy.random.default_rng(0)
     w1 = (random.standard_normal((E, 2 * width, K), dtype=np.float32) / 32).astype(BFLOAT16)
     w2 = (random.standard_normal((E, K, width), dtype=np.float32) / 32).astype(BFLOAT16)
     gate = random.standard_normal((E, K), dtype=np.float32).astype(BFLOAT16)
-    x = random.standard_normal((M, K), dtype=np.float32).astype(BFLOAT16)
-    mine = np.array_split(np.arange(E), comm.size)[comm.rank]
-    tokens = np.array_split(np.arange(M), comm.size)[comm.rank]
-    here = x[tokens[0] : tokens[-1] + 1]
+    return w1, w2, gate, random.standard_normal((M, K), dtype=np.float32).astype(BFLOAT16)
+
+
+def finished(layer, x):
+    """Return a call of the layer that waits for its end."""
+    import cupy
+
+    def work():
+        layer(x)
+        cupy.cuda.get_current_stream().synchronize()
+
+    return work
+
+
+def halves_s(comm, work):
+    """Return the least seconds that ten calls spent in dispatch and in combine, the device idle around each step."""
+    import cupy
+
+    from pymoe.prepare_finalize.exchange import Exchange
+
     spent = dict.fromkeys(("announce", "send", "receive", "give_back", "collect"), 0.0)
     kept = {name: getattr(Exchange, name) for name in spent}
 
@@ -148,42 +190,19 @@ def layer_s(comm, slowest, transport):
 
         return call
 
-    first, last = int(mine[0]), int(mine[-1]) + 1
-    with pymoe.MoELayer(w1[first:last], w2[first:last], topk=topk, num_experts=E, gate=gate, comm=comm,
-                        transport=transport) as layer:  # fmt: skip
-
-        def work():
-            layer(here)
-            cupy.cuda.get_current_stream().synchronize()
-
-        for _ in range(3):
-            work()
-        whole = slowest(comm, work, 0.5)
-        for name, method in kept.items():
-            setattr(Exchange, name, timed(name, method))
+    for name, method in kept.items():
+        setattr(Exchange, name, timed(name, method))
+    try:
         parts = []
         for _ in range(10):
             spent.update(dict.fromkeys(spent, 0.0))
             comm.Barrier()
             work()
             parts.append((sum(list(spent.values())[:3]), sum(list(spent.values())[3:])))
+    finally:
         for name, method in kept.items():
             setattr(Exchange, name, method)
-    alone = pymoe.MoELayer(w1, w2, topk=topk, gate=gate)
-
-    def one():
-        alone(x)
-        cupy.cuda.get_current_stream().synchronize()
-
-    for _ in range(3):
-        one()
-    dispatch, combine = np.min(parts, axis=0)
-    return {
-        "layer_s": whole,
-        "dispatch_s": max(comm.allgather(float(dispatch))),
-        "combine_s": max(comm.allgather(float(combine))),
-        "one_gpu_s": slowest(comm, one, 0.3),
-    }
+    return map(float, np.min(parts, axis=0))
 
 
 def report(result):

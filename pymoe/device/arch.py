@@ -74,7 +74,7 @@ def current_arch() -> str:
         from cupy.cuda import runtime
 
         return _device_arch(runtime.getDevice())
-    except Exception:
+    except (ImportError, OSError, RuntimeError):  # no CuPy, no library, CUDA's own errors
         toolkit.device_count()  # says what is missing, where that is the reason
         raise
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import pytest
 
 from pymoe.device.cpu_tape import CpuRecorder
 from pymoe.device.threads import refuse_recording, run_blocks
+from tests.device.forks import assert_child_succeeds
 
 numba = pytest.importorskip("numba")
 
@@ -236,12 +236,4 @@ def test_a_forked_child_plays_with_a_crew_of_its_own(monkeypatch):
         y[:] = np.nan
         played = plays(tape, [x.ctypes.data, y.ctypes.data])
         os._exit(0 if played and np.isfinite(y).all() else 1)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        finished, status = os.waitpid(child, os.WNOHANG)
-        if finished:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    pytest.fail("the child hangs")
+    assert_child_succeeds(child)

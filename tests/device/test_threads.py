@@ -10,6 +10,7 @@ import time
 import pytest
 
 from pymoe.device.threads import run_blocks
+from tests.device.forks import assert_child_succeeds
 
 
 @pytest.fixture(params=["1", "2", "7"])
@@ -111,12 +112,4 @@ def test_a_forked_child_has_a_pool_of_its_own(monkeypatch):
         done = []
         run_blocks(lambda start, stop: done.append(stop - start), 10)
         os._exit(0 if sum(done) == 10 else 1)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        finished, status = os.waitpid(child, os.WNOHANG)
-        if finished:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    pytest.fail("the child hangs")
+    assert_child_succeeds(child)
