@@ -28,10 +28,12 @@ def find_source(fn: FunctionType) -> Definition:
         tree, module = _parsed(fn)
     if not any(_is_same(code, other) for other in _codes(module)):
         raise NoSource("the file has changed since it was loaded")
-    found = [node for node in ast.walk(tree) if _may_be(node, code)]
-    if len(found) > 1:  # lambdas of one line: the columns tell
+    found: list[Any] = [node for node in ast.walk(tree) if _may_be(node, code)]
+    if len(found) > 1 and code.co_name == "<lambda>":  # several of one line: the columns tell
         positions = set(code.co_positions())
-        found = [node for node in found if _result_position(node) in positions]
+        told = [node for node in found if _result_position(node) in positions]
+        # Python 3.12 has no position for a constant that is all a lambda returns; then equal code is the same function.
+        found = told or [node for node in found if _is_same(code, _code_of(node, code.co_filename))][:1]
     if len(found) != 1:
         raise NoSource("its line holds several functions that cannot be told apart")
     definition = found[0]
@@ -71,6 +73,12 @@ def _content(code: CodeType) -> tuple[Any, ...]:
         code.co_name, code.co_firstlineno, code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars,
         code.co_cellvars, code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount,
     )  # fmt: skip
+
+
+def _code_of(node: Any, file: str) -> CodeType:
+    """Return the code of a lambda without what stands around it."""
+    module = compile(ast.fix_missing_locations(ast.Expression(node)), file, "eval", dont_inherit=True)
+    return next(constant for constant in module.co_consts if isinstance(constant, CodeType))
 
 
 def _may_be(node: ast.AST, code: CodeType) -> bool:
