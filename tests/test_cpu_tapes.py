@@ -41,7 +41,11 @@ def tokens(M, seed, dtype=BF16):
 
 
 def proved(layer):
-    return [entry.is_proved for entry in layer._tapes._entries.values() if entry is not None]
+    return [entry.is_proved for entry in layer._tapes._entries.values() if entry is not None and entry.tape is not None]
+
+
+def refused(layer):
+    return [key for key, entry in layer._tapes._entries.items() if entry is not None and entry.tape is None]
 
 
 @pytest.fixture(autouse=True, params=["amx", "plain"])
@@ -62,7 +66,7 @@ def test_a_tape_has_the_ordinary_paths_bits(dtype, scheme, M):
         assert out is None or y is out
         assert y.tobytes() == plain(x).tobytes()
         assert (ours.last_load == plain.last_load).all()
-    assert proved(ours) == [True] * 2 and not ours._tapes._refused
+    assert proved(ours) == [True] * 2 and not refused(ours)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,7 @@ def test_a_tape_whose_bits_differ_is_dropped():
     entry.tape._patches[:] = [patch for patch in entry.tape._patches if patch[2] != 1]
     x = tokens(4, 2)
     assert ours(x).tobytes() == plain(x).tobytes()
-    assert ours._tapes._refused and not ours._tapes._entries
+    assert refused(ours) and not proved(ours)
     assert ours(x).tobytes() == plain(x).tobytes()
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pymoe.config import RoutingMethodType
 from pymoe.device.cpu_tape import CpuRecorder, CpuTape
 from pymoe.environment import cpu_kernels, is_checked
+from pymoe.layer.recordable import overlaps, runs_kernels_only
 
 __all__ = ["CpuTapes"]
 
@@ -26,10 +26,11 @@ _UNSEEN: Any = object()
 
 
 class _Entry(NamedTuple):
-    tape: CpuTape
-    ids: Array
-    is_proved: bool
-    nbytes: int
+    tape: CpuTape | None
+    """None where calls of this kind take the ordinary path for good."""
+    ids: Array | None = None
+    is_proved: bool = False
+    nbytes: int = 0
 
 
 def _is_plain(x: Any) -> bool:
@@ -48,7 +49,6 @@ class CpuTapes:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self._entries: OrderedDict[Any, _Entry | None] = OrderedDict()
-        self._refused: set[Any] = set()
         self._lock = threading.Lock()
 
     @staticmethod
@@ -56,11 +56,8 @@ class CpuTapes:
         """Return whether calls of `layer` can be recorded."""
         return (
             layer.device == "cpu"
-            and layer._ranks is None
+            and runs_kernels_only(layer)
             and layer._expert_map is None
-            and layer.shared_experts is None
-            and not layer.routing.apply_router_weight_on_input
-            and layer.routing.method not in (RoutingMethodType.Custom, RoutingMethodType.Simulated)
             # Its owner may change a bias; the ordinary path looks at it in every call.
             and layer.routing.e_score_correction_bias is None
         )
@@ -68,11 +65,13 @@ class CpuTapes:
     def call(self, arrays: tuple[Array | None, ...], out: Array | None) -> Array | None:
         """Return the answer of a call with (tokens, logits, weights, ids), or None where no tape knows it."""
         key = self._key(arrays, out)
-        if key is None or key in self._refused:
+        if key is None:
             return None
         entry = self._entries.get(key, _UNSEEN)
         if entry is _UNSEEN:
             self._remember(key, None)
+            return None
+        if entry is not None and entry.tape is None:
             return None
         target = np.empty_like(arrays[0]) if out is None else out
         given = [array for array in (*arrays, target) if array is not None]
@@ -94,23 +93,20 @@ class CpuTapes:
         with recorder.active():
             ids = self._compute(arrays, target)
         tape = recorder.tape()
-        if tape is None:
-            self._forget(key)
-        else:
-            self._remember(key, _Entry(tape, ids, False, self._workspace_bytes(len(target))))
+        known = _Entry(None) if tape is None else _Entry(tape, ids, nbytes=self._workspace_bytes(len(target)))
+        self._remember(key, known)
         return target
 
     def _prove(self, key: Any, entry: _Entry, arrays: Any, given: list[Array], target: Array) -> Array:
         """Run both; the tape's answer must be the ordinary path's."""
         played = np.empty_like(target)
+        assert entry.tape is not None
         ids = entry.tape.play([array.ctypes.data for array in (*given[:-1], played)], entry.ids)
         expected_ids = self._compute(arrays, target)
         if ids is None:
             return target
-        if played.tobytes() == target.tobytes() and np.array_equal(ids, expected_ids):
-            self._remember(key, entry._replace(is_proved=True))
-        else:
-            self._forget(key)
+        is_right = played.tobytes() == target.tobytes() and np.array_equal(ids, expected_ids)
+        self._remember(key, entry._replace(is_proved=True) if is_right else _Entry(None))
         return target
 
     def _compute(self, arrays: Any, target: Array) -> Array:
@@ -127,12 +123,6 @@ class CpuTapes:
             while len(self._entries) > _MOST or used > _WORKSPACE_BYTES:
                 _, dropped = self._entries.popitem(last=False)
                 used -= 0 if dropped is None else dropped.nbytes
-
-    def _forget(self, key: Any) -> None:
-        """Let calls of this kind take the ordinary path from now on."""
-        with self._lock:
-            self._entries.pop(key, None)
-            self._refused.add(key)
 
     def _workspace_bytes(self, M: int) -> int:
         """Return what a tape for M tokens keeps: the rows of both GEMMs and of the intermediate, in float32."""
@@ -164,4 +154,4 @@ class CpuTapes:
             (x.ctypes.data, x.ctypes.data + x.nbytes)
             for x in (*given[:-1], self._layer._w1, self._layer._w2, given[-1])
         ]
-        return any(start < out[1] and out[0] < stop for start, stop in inputs)
+        return overlaps(inputs, out)

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pymoe.config import RoutingMethodType
 from pymoe.device import stream
 from pymoe.device.arrays import is_cuda
 from pymoe.device.tape import Recorder, Tape
 from pymoe.environment import is_checked
 from pymoe.layer.cpu_tapes import CpuTapes
+from pymoe.layer.recordable import overlaps, runs_kernels_only
 
 __all__ = ["Tapes", "tapes_for"]
 
@@ -48,10 +48,7 @@ class Tapes:
         """Return whether calls of `layer` can be recorded."""
         return (
             layer.device == "cuda"
-            and layer._ranks is None
-            and layer.shared_experts is None
-            and not layer.routing.apply_router_weight_on_input
-            and layer.routing.method not in (RoutingMethodType.Custom, RoutingMethodType.Simulated)
+            and runs_kernels_only(layer)
             # A bias in host memory may be changed by its owner; the ordinary path looks at it in every call.
             and (layer.routing.e_score_correction_bias is None or is_cuda(layer.routing.e_score_correction_bias))
         )
@@ -112,7 +109,7 @@ class Tapes:
             if x is None:
                 key.append(None)
                 continue
-            if not is_cuda(x) or not x.flags.c_contiguous or x.data.ptr % _BYTES or x.size == 0:
+            if not is_cuda(x) or x.ndim != 2 or not x.flags.c_contiguous or x.data.ptr % _BYTES or x.size == 0:
                 return None
             key.append((x.shape, x.dtype, x.data.device_id))
         M = arrays[0].shape[0]  # type: ignore[union-attr]
@@ -127,7 +124,7 @@ class Tapes:
         *inputs, out = [
             (x.data.ptr, x.data.ptr + x.nbytes) for x in (*given[:-1], self._layer._w1, self._layer._w2, given[-1])
         ]
-        return any(start < out[1] and out[0] < stop for start, stop in inputs)
+        return overlaps(inputs, out)
 
 
 def _empty_like(x: Array) -> Array:
