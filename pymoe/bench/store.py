@@ -119,7 +119,11 @@ class Results:
         return {row.key for row in self.rows if row.run == run and row.shape == shape}
 
     def add(self, rows: list[Row]) -> None:
-        """Add rows and save; a row replaces the same contender's on the same machine with as many threads."""
+        """Add rows, as short as a file has them, and save.
+
+        A row replaces the same contender's on the same machine with as many threads.
+        """
+        rows = [_short(row) for row in rows]
         fresh = {self._place(row) for row in rows}
         self.rows = [row for row in self.rows if self._place(row) not in fresh] + rows
         self.rows.sort(key=lambda row: (row.run, row.shape, row.tokens))
@@ -136,13 +140,15 @@ def dump(results: Results) -> str:
     cited = {row.run for row in results.rows}
     runs = {key: run for key, run in sorted(results.runs.items()) if key in cited}
     head = json.dumps({"format": FORMAT, "runs": runs}, indent=1)
-    rows = ",\n".join("  " + json.dumps(_short(dataclasses.asdict(row))) for row in results.rows)
+    rows = ",\n".join("  " + json.dumps(dataclasses.asdict(row)) for row in results.rows)
     return head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}"
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
+def _short(row: Row) -> Row:
     """Return the row with six significant digits: more than any of it was measured to."""
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+    given = dataclasses.asdict(row).items()
+    short: dict[str, Any] = {name: float(f"{value:.6g}") for name, value in given if isinstance(value, float)}
+    return dataclasses.replace(row, **short)
 
 
 def write_text(path: Path, text: str) -> None:

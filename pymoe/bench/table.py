@@ -75,12 +75,6 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.{min(max(places, 0), 6)}f}"
 
 
-def _spread(rows: Sequence[Any]) -> str:
-    """Return the largest spread with three digits, which a row from a file has as well as one just measured."""
-    value = float(f"{max(row.spread for row in rows):.3g}")
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
 def cells(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Return the header and one list of cells for each line."""
     names = [name for name in LABELS if any(name in line.peers for line in found)]
@@ -143,7 +137,7 @@ def heading(run: dict[str, Any], started: str, rows: Sequence[Row]) -> str:
         f"E {E}, topk {topk}, K {K}, I {I}; {threads}{device['processor']}{f' ({features})' if features else ''}; "
         f"{started}, commit {commit}, load before {run['load_before']}; {libraries}. "
         f"Read rates: {', '.join(read)}. GEMM rates, GFLOP/s: {', '.join(gemm)}. "
-        f"Largest spread between the rounds of a contender: {_spread(rows)} times."
+        f"Largest spread between the rounds of a contender: {max(row.spread for row in rows):.2f} times."
     )
 
 
