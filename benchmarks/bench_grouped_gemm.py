@@ -205,7 +205,8 @@ def measure(name, scheme, ops, M, tile_rows):
         return cupy.full((rows, -(-columns // ops.a_groups) if ops.a_groups else 1), SCALE, np.float32)
 
     x_scale, h_scale = scale(M, K), scale(P, I)
-    h, y = cupy.empty((P, I), np.float32 if quantized else BF16), cupy.empty((P, K), np.float32)
+    h, y = cupy.empty((P, I), np.float32 if quantized else BF16), cupy.empty((P, K), BF16)
+    weights = cupy.full((M, topk), 1 / topk, np.float32)
     lists = [_cuda.list_tiles(routing.offsets, P, tile_rows) for routing in routings]
     copied = _cuda.tile_rows_together(x, ops.w1, tile_rows) is not None
     together = cupy.empty((P, K), x.dtype) if copied else None
@@ -224,7 +225,10 @@ def measure(name, scheme, ops, M, tile_rows):
         )  # fmt: skip
 
     def second(i):
-        return lambda: _cuda.grouped_gemm(h_in, ops.w2, lists[i], a_scale=h_scale, a_key=ops.a_key, out=y)
+        routed = _cuda.Routed(routings[i].gather, weights)
+        return lambda: _cuda.grouped_gemm(
+            h_in, ops.w2, lists[i], a_scale=h_scale, a_key=ops.a_key, routed=routed, out=y
+        )
 
     turns = range(len(routings))
     gemm1, gemm2 = timed([first(i) for i in turns], stream), timed([second(i) for i in turns], stream)

@@ -276,7 +276,7 @@ class FusedMoEConfig:
     """Sizes and choices of one MoE layer, known before any token.
 
     `hidden_dim` is K, `intermediate_size_per_partition` I; `num_experts` counts the global expert space,
-    `num_local_experts` this process's.
+    `num_local_experts` this process's.  `routed_dtype` is "float32", or None: see `rows_dtype`.
     """
 
     num_experts: int
@@ -293,6 +293,18 @@ class FusedMoEConfig:
     num_logical_experts: int | None = None
     max_num_tokens: int = 256
     has_bias: bool = False
+    routed_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        routed_dtype_of("FusedMoEConfig", self.routed_dtype)
+
+    @property
+    def rows_dtype(self) -> np.dtype:
+        """What a GPU rounds weighed rows to before it sums them: the tokens' dtype unless `routed_dtype` says float32.
+
+        The CPU keeps them in float32 always.
+        """
+        return np.dtype(self.in_dtype if self.routed_dtype is None else self.routed_dtype)
 
     @property
     def routing_method(self) -> RoutingMethodType:
@@ -308,6 +320,18 @@ class FusedMoEConfig:
     def N(self) -> int:
         """Width of GEMM1: 2 I when gated, I otherwise."""
         return self.intermediate_size_per_partition * (2 if self.is_act_and_mul else 1)
+
+
+def routed_dtype_of(call: str, routed_dtype: Any) -> Any:
+    """Return float32 or None, or refuse another dtype of routed rows."""
+    try:
+        known = routed_dtype is None or np.dtype(routed_dtype) == np.float32
+    except TypeError:
+        known = False
+    if not known:
+        rule = "be float32, or None for the tokens' dtype on a GPU and float32 on the CPU"
+        raise DTypeError(complaint(call, "routed_dtype", rule, routed_dtype))
+    return None if routed_dtype is None else np.dtype(np.float32)
 
 
 def resolve_activation(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from pymoe import (
     ActivationConfig,
     ArgumentError,
     DTypeError,
+    FusedMoEConfig,
     FusedMoEParallelConfig,
     FusedMoEQuantConfig,
     MoEActivation,
@@ -219,3 +222,13 @@ def test_quant_config_refuses(arguments, kind, text):
     with pytest.raises(kind) as caught:
         FusedMoEQuantConfig.make(**arguments)
     assert text in str(caught.value)
+
+
+def test_rows_are_rounded_to_the_tokens_dtype_unless_float32_is_asked_for():
+    config = FusedMoEConfig(4, 2, 8, 8, 4, in_dtype=np.dtype("float16"))
+    assert config.rows_dtype == np.float16
+    assert dataclasses.replace(config, routed_dtype="float32").rows_dtype == np.float32
+    assert dataclasses.replace(config, in_dtype=np.dtype("float32")).rows_dtype == np.float32
+    for wrong in ("float16", np.float64, "rows", 3):
+        with pytest.raises(DTypeError, match=r"FusedMoEConfig: routed_dtype must be float32, or None"):
+            dataclasses.replace(config, routed_dtype=wrong)

@@ -243,6 +243,8 @@ class Ranks:
         ({"transport": 1}, DTypeError, "transport must be a string"),
         ({"max_num_tokens": 0}, ArgumentError, "max_num_tokens must be at least 1"),
         ({"chunk_size": 0}, ArgumentError, "chunk_size must be at least 1"),
+        ({"routed_dtype": BF16}, DTypeError, "routed_dtype must be float32, or None"),
+        ({"routed_dtype": "float31"}, DTypeError, "routed_dtype must be float32, or None"),
         ({"activation": "swish"}, ArgumentError, "activation must be one of"),
         ({"activation": "relu2"}, UnsupportedError, "relu2"),
         ({"quant_config": "fp8"}, DTypeError, "quant_config must be a FusedMoEQuantConfig"),
@@ -252,6 +254,15 @@ def test_constructor_errors(options, kind, text):
     with pytest.raises(kind) as caught:
         layer(**options)
     assert text in str(caught.value)
+
+
+def test_routed_dtype_changes_nothing_on_the_cpu():
+    x = tokens(dtype=BF16)
+    expected = layer()(x).view(np.uint16)
+    for given in (np.float32, "float32", np.dtype("float32")):
+        one = layer(routed_dtype=given)
+        assert one.routed_dtype == np.float32
+        np.testing.assert_array_equal(one(x).view(np.uint16), expected)
 
 
 def test_a_communicator_of_one_rank_is_fine():

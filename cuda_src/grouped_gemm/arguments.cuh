@@ -23,6 +23,8 @@ struct GemmArguments {
     const float* row_scale;    // (E, N) or null
     const float* bias;         // (E, N) or null
     const uint8* zero_points;  // (E, N, groups), or (E, N / 2, groups) two a byte; null: the middle of the codes
+    const int32* row_to_slot;  // (P,), or null where rows of out are not weighed
+    const float* topk_weights;  // of slots; row r of out is multiplied by that of slot row_to_slot[r]
     int32 K, N, width;         // width: columns of out, N or half of it
     int32 capacity, column_tiles, gather_div;
     int32 group, groups, scale_rows, scale_lines;  // scale_lines: ceil(N / scale_rows)

@@ -1,4 +1,5 @@
-// From sums in shared memory to rows of the answer: scales, bias, activation, one rounding, coalesced stores.
+// From sums in shared memory to rows of the answer: scales, bias, activation or router weight, one rounding, coalesced
+// stores.
 #pragma once
 
 #include "grouped_gemm/arguments.cuh"
@@ -40,21 +41,36 @@ __device__ __forceinline__ void store_four(const GemmArguments& p, int32 row, in
     }
 }
 
-// GEMM2, and every GEMM without activation.  A thread keeps its four columns and takes every so-manieth row.
+// What row `r` of the tile is multiplied by.
+__device__ __forceinline__ float router_weight(const GemmArguments& p, const BlockTile& tile, int32 r) {
+    if (!p.topk_weights || r >= tile.rows) return 1.0f;
+    return __ldg(p.topk_weights + __ldg(p.row_to_slot + tile.first_row + r));
+}
+
+// GEMM2, and every GEMM without activation.  A thread keeps its four columns and takes every so-manieth row.  A weight is
+// two reads away: lanes read those of their warp's rows, 32 at most, beforehand, one each.
 template <int kColumns, int kThreads>
 __device__ __forceinline__ void store_plain(const GemmArguments& p, const BlockTile& tile, const float* sums,
-                                            const int32* sources, int32 thread) {
+                                            const int32* sources, int32 own) {
     constexpr int kQuads = kColumns / 4, kStep = kThreads / kQuads;
+    constexpr int kAtOnce = kQuads < 32 ? 32 / kQuads : 1;  // rows that a warp stores at a time
+    const int32 thread = ptx::afresh(own);                  // sm_90a has no registers to keep these numbers in
     const int32 quad = thread % kQuads, column = tile.column_tile * kColumns + 4 * quad;
-    if (column >= p.width) return;
+    const int32 lane = thread % 32, among = lane / kQuads, base = thread / kQuads - among;
+    const float weights = router_weight(p, tile, base + lane / kAtOnce * kStep + lane % kAtOnce);
     ColumnTerms terms[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) terms[i] = column_terms(p, tile.expert, column + i);
-    for (int32 r = thread / kQuads; r < tile.rows; r += kStep) {
+    for (int32 step = 0; base + step * kStep < tile.rows; ++step) {
+        const int32 r = base + step * kStep + among;
+        const float weight = __shfl_sync(0xffffffffu, weights, step * kAtOnce + among);
+        if (r >= tile.rows || column >= p.width) continue;
         const float scale = row_factor(p, sources ? sources[r] : 0);
         const float4 sum = *reinterpret_cast<const float4*>(sums + r * sums_pitch(kColumns) + 4 * quad);
-        const float y[4] = {finish_sum(sum.x, scale, terms[0]), finish_sum(sum.y, scale, terms[1]),
-                            finish_sum(sum.z, scale, terms[2]), finish_sum(sum.w, scale, terms[3])};
+        const float y[4] = {__fmul_rn(finish_sum(sum.x, scale, terms[0]), weight),
+                            __fmul_rn(finish_sum(sum.y, scale, terms[1]), weight),
+                            __fmul_rn(finish_sum(sum.z, scale, terms[2]), weight),
+                            __fmul_rn(finish_sum(sum.w, scale, terms[3]), weight)};
         store_four(p, tile.first_row + r, column, y);
     }
 }

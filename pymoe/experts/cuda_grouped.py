@@ -30,8 +30,9 @@ class Routing(NamedTuple):
 class CudaGroupedExperts(CudaAbilities, FusedMoEExpertsModular):
     """Permute, GEMM1 with its activation, GEMM2, unpermute, on CuPy's current stream.
 
-    Routed rows stay in float32 until they are weighed and summed in slot order, so that nothing is left to finalize.  A
-    row's bits depend neither on the other rows nor on the tiles that its expert's rows fall into.
+    Routed rows are weighed in float32, rounded once to the hidden dtype (or kept, with ``routed_dtype``), and summed in
+    slot order in float32, so that nothing is left to finalize.  A row's bits depend neither on the other rows nor on
+    the tiles that its expert's rows fall into.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +65,8 @@ class CudaGroupedExperts(CudaAbilities, FusedMoEExpertsModular):
         """Workspace13 holds the intermediate, workspace2 the row map and the routed rows, both in bytes."""
         width = self.adjust_N_for_activation(N, activation)
         intermediate = intermediate_bytes(M * topk, width, self.quant_config, self.moe_config.in_dtype)
-        return (intermediate,), (row_bytes(M, K, topk, local_num_experts, global_num_experts),), (M, K)
+        rows = row_bytes(M, K, topk, local_num_experts, global_num_experts, self.moe_config.rows_dtype)
+        return (intermediate,), (rows,), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
@@ -93,6 +95,7 @@ class CudaGroupedExperts(CudaAbilities, FusedMoEExpertsModular):
             a1q_scale,
             Routing(topk_ids, None if apply_router_weight_on_input else topk_weights, expert_map, global_num_experts),
             output,
+            self.moe_config.rows_dtype,
             (self._arenas.of(workspace13), self._arenas.of(workspace2)),
         )
 
@@ -103,11 +106,12 @@ def grouped_experts(
     a_scale: Array | None,
     routing: Routing,
     output: Array,
+    rows_dtype: np.dtype,
     arenas: tuple[Arena, Arena],
 ) -> None:
     """Queue all stages between prepared tokens `a` and `output` (M, K).
 
-    `arenas` are those of the intermediate and of the routed rows.
+    `rows_dtype` is what weighed rows are rounded to; `arenas` are those of the intermediate and of the routed rows.
     """
     from pymoe.ops.grouped_gemm import _cuda as gemm
     from pymoe.ops.permute import _cuda as sort
@@ -119,29 +123,30 @@ def grouped_experts(
     tile_rows = gemm.choose_tile_rows(M, topk, E_local, routing.num_experts)
     rows_together = gemm.tile_rows_together(a, weights.w1, tile_rows)
     row_map = sort.permute(routing.topk_ids, E_local, routing.expert_map, rows_together or tile_rows, empty=rows.empty)
-    routed = rows.empty((M * topk, K), np.dtype("float32"))
-    source: dict[str, Any] = {"gather": row_map.row_to_slot, "gather_div": topk}
+    routed = rows.empty((M * topk, K), rows_dtype)
+    source: tuple[Array, int] | None = (row_map.row_to_slot, topk)
     if rows_together is not None:
         # In the memory of the routed rows: GEMM2, which writes them, follows GEMM1, which reads these.
         together = routed.reshape(-1).view(a.dtype)[: routed.size].reshape(routed.shape)
         sort.scatter_rows(a, row_map.slot_to_row, together)
-        a, source = together, {}
+        a, source = together, None
     weights.routed_rows(
         a,
         a_scale,
         row_map,
         routed,
-        **source,
+        source=source,
         live_rows=None if weights.quant_config.activation_key is None else row_map.expert_offsets[E_local:],
+        routed=None if routing.topk_weights is None else gemm.Routed(row_map.row_to_slot, routing.topk_weights),
         empty=intermediate.empty,
     )
-    gather.unpermute(routed, row_map.slot_to_row, routing.topk_weights, output)
+    gather.unpermute(routed, row_map.slot_to_row, None, output)
 
 
-def row_bytes(M: int, K: int, topk: int, E_local: int, num_experts: int) -> int:
+def row_bytes(M: int, K: int, topk: int, E_local: int, num_experts: int, rows_dtype: np.dtype) -> int:
     """Return the most bytes of the row map and the routed rows of M tokens: larger tiles take fewer."""
     from pymoe.ops.grouped_gemm import _cuda_instances as gemm
     from pymoe.ops.permute import _cuda as sort
 
     tile_rows = gemm.choose_tile_rows(M, topk, E_local, num_experts)
-    return sort.scratch_bytes(M, topk, E_local, tile_rows) + padded((M * topk, K), np.float32)
+    return sort.scratch_bytes(M, topk, E_local, tile_rows) + padded((M * topk, K), rows_dtype)

@@ -46,11 +46,12 @@ class CudaMonolithicExperts(CudaAbilities, RoutingExperts):
         M, topk = routed[0].shape
         if M == 0:
             return output
-        width = weights.activation.width(w1.shape[1])
+        width, rows_dtype = weights.activation.width(w1.shape[1]), self.moe_config.rows_dtype
+        rows = row_bytes(M, w2.shape[1], topk, w1.shape[0], num_experts, rows_dtype)
         with self._workspaces.current() as workspace:
             arrays = workspace.arrays(
                 plan_workspace(
-                    ("rows", (row_bytes(M, w2.shape[1], topk, w1.shape[0], num_experts),), np.dtype("uint8")),
+                    ("rows", (rows,), np.dtype("uint8")),
                     (
                         "intermediate",
                         (intermediate_bytes(M * topk, width, self.quant_config, hidden_states.dtype),),
@@ -59,5 +60,6 @@ class CudaMonolithicExperts(CudaAbilities, RoutingExperts):
                 )
             )
             arenas = self._arenas.of(arrays["intermediate"]), self._arenas.of(arrays["rows"])
-            grouped_experts(weights, a1, a1q_scale, Routing(*routed, expert_map, num_experts), output, arenas)
+            routing = Routing(*routed, expert_map, num_experts)
+            grouped_experts(weights, a1, a1q_scale, routing, output, rows_dtype, arenas)
         return output

@@ -86,12 +86,12 @@ class CudaExpertWeights:
         rows: Any,
         out: Array,
         *,
-        gather: Array | None = None,
-        gather_div: int = 1,
+        source: tuple[Array, int] | None = None,
         live_rows: Array | None = None,
+        routed: Any = None,
         empty: Empty,
     ) -> None:
-        """Write GEMM2's rows to `out`, (P, K), for the rows that the work list names.
+        """Write GEMM2's rows to `out`, (P, K) of any hidden dtype, for the rows that the work list names.
 
         Parameters
         ----------
@@ -99,10 +99,12 @@ class CudaExpertWeights:
             Hidden dtype, or codes with `a_scale`.
         rows : DeviceRowMap, DeviceSlabMap or TileList
             The work list.
-        gather, gather_div
-            Row r reads row ``gather[r] // gather_div`` of `a`; None: row r itself.
+        source : (cupy.ndarray, int), optional
+            Row r reads row ``source[0][r] // source[1]`` of `a`; None: row r itself.
         live_rows : cupy.ndarray, (n,), int32, optional
             How many rows at the front of each of n equal slabs are live; the others are not quantized.
+        routed : Routed, optional
+            The weights that multiply rows in float32 before they are rounded.
         empty : callable
             Gives the scratch memory, `intermediate_bytes` in all.
         """
@@ -111,14 +113,15 @@ class CudaExpertWeights:
         key = self.quant_config.activation_key
         width = self.activation.width(self.w1.codes.shape[1])
         h = empty((out.shape[0], width), np.dtype("float32") if key is not None else self.hidden_dtype)
+        gather, div = (None, 1) if source is None else source
         gemm.grouped_gemm(
-            a, self.w1, rows, gather=gather, gather_div=gather_div, a_scale=a_scale, a_key=key,
-            activation=self.activation, out=h,
+            a, self.w1, rows, gather=gather, gather_div=div, a_scale=a_scale, a_key=key, activation=self.activation,
+            out=h,
         )  # fmt: skip
         scale = None
         if key is not None:
             h, scale = quantize_activations(h, self.quant_config, "a2", live_rows=live_rows, empty=empty)
-        gemm.grouped_gemm(h, self.w2, rows, a_scale=scale, a_key=key, out=out)
+        gemm.grouped_gemm(h, self.w2, rows, a_scale=scale, a_key=key, routed=routed, out=out)
 
 
 def dense_rows(weights: CudaExpertWeights, x: Array) -> Array:

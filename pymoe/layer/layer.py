@@ -10,7 +10,7 @@ import numpy as np
 
 from pymoe import checks
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
-from pymoe.config import FusedMoEConfig, RoutingConfig, resolve_activation
+from pymoe.config import RoutingConfig, resolve_activation, routed_dtype_of
 from pymoe.dense import Gate, SharedExperts, add_shared
 from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, as_it_came, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, complaint
@@ -24,9 +24,9 @@ from pymoe.layer.together import (
     building_from,
     built_together,
     called_together,
+    config_of,
     experts_of,
     own_experts,
-    parallel_config,
 )
 from pymoe.quantization import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEQuantConfig
 from pymoe.select import Refusal, select
@@ -67,6 +67,9 @@ class MoELayer:
         Tokens that the experts see at once; default 16384.
     deterministic, batch_invariant : bool, optional
         Every backend is both, always.
+    routed_dtype : dtype, optional
+        What a GPU rounds the experts' weighed rows to before it sums them in float32: float32, or None for the dtype of
+        the tokens.  The CPU keeps them in float32 always.
 
     Raises
     ------
@@ -106,6 +109,7 @@ class MoELayer:
         chunk_size: int | None = None,
         deterministic: bool = True,
         batch_invariant: bool | None = None,
+        routed_dtype: Any = None,
     ) -> None:
         call = "MoELayer"
         config = FUSED_MOE_UNQUANTIZED_CONFIG if quant_config is None else quant_config
@@ -131,6 +135,7 @@ class MoELayer:
             raise DTypeError(complaint(call, "shared_experts", "be callable or None", type(shared_experts).__name__))
         self.shared_experts = shared_experts
         self.max_num_tokens = most_tokens(call, max_num_tokens)
+        self.routed_dtype = routed_dtype_of(call, routed_dtype)
         self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
         self.dtype = self._w1.dtype if self._w1.dtype in HIDDEN_DTYPES else np.dtype("float32")
         self._tapes = tapes_for(self)
@@ -370,20 +375,7 @@ class MoELayer:
         """Return the kernel for hidden dtype `dtype` with its refusals, chosen at the first call with that dtype."""
         with self._lock:
             if dtype not in self._kernels:
-                config = FusedMoEConfig(
-                    num_experts=self.num_experts,
-                    experts_per_token=self.topk,
-                    hidden_dim=self.K,
-                    intermediate_size_per_partition=self.I,
-                    num_local_experts=self._w1.shape[0],
-                    activation=self.activation,
-                    in_dtype=dtype,
-                    device=self.device,
-                    moe_parallel_config=parallel_config(self._ranks),
-                    routing=self.routing,
-                    has_bias=self.quant_config.w1.bias is not None or self.quant_config.w2.bias is not None,
-                )
-                choice = select(config, self.quant_config, ranks=self._ranks)
+                choice = select(config_of(self, dtype), self.quant_config, ranks=self._ranks)
                 kernel = FusedMoEKernel(
                     choice.prepare_finalize, choice.experts, self.shared_experts, chunk_size=self._chunk_size
                 )

@@ -11,7 +11,7 @@ from pymoe import checks
 from pymoe.comm import Group, Ranks, agree, connecting, place
 from pymoe.comm.eplb import ExpertPlan
 from pymoe.comm.placement import experts_of as placed_experts
-from pymoe.config import FusedMoEParallelConfig
+from pymoe.config import FusedMoEConfig, FusedMoEParallelConfig
 from pymoe.device.arrays import is_cuda
 from pymoe.errors import ArgumentError, DTypeError, complaint
 from pymoe.layer.arguments import expert_map_of
@@ -108,8 +108,25 @@ def experts_of(
     return ranks, ranks.num_experts, ranks.expert_map
 
 
-def parallel_config(ranks: Ranks | None) -> FusedMoEParallelConfig:
-    """Return the layout of the ranks."""
+def config_of(layer: Any, dtype: Any) -> FusedMoEConfig:
+    """Return sizes and choices of a layer for tokens of `dtype`, and its place among the ranks."""
+    return FusedMoEConfig(
+        num_experts=layer.num_experts,
+        experts_per_token=layer.topk,
+        hidden_dim=layer.K,
+        intermediate_size_per_partition=layer.I,
+        num_local_experts=layer._w1.shape[0],
+        activation=layer.activation,
+        in_dtype=dtype,
+        device=layer.device,
+        moe_parallel_config=_parallel_config(layer._ranks),
+        routing=layer.routing,
+        has_bias=layer.quant_config.w1.bias is not None or layer.quant_config.w2.bias is not None,
+        routed_dtype=layer.routed_dtype,
+    )
+
+
+def _parallel_config(ranks: Ranks | None) -> FusedMoEParallelConfig:
     if ranks is None:
         return FusedMoEParallelConfig.make_no_parallel()
     return FusedMoEParallelConfig.make_expert_parallel(ranks.size, ranks.rank)

@@ -56,6 +56,29 @@ def test_gate_logits_and_topk_agree_with_each_other_and_with_the_cpu(cuda, M):
     assert (ours.last_load == np.bincount(to_host(ids).ravel(), minlength=E)).all()
 
 
+@pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "int4_w4a16"])
+@pytest.mark.parametrize("M", [1, 40, 3000])
+def test_routed_rows_are_rounded_unless_float32_is_asked_for(cuda, scheme, M):
+    """Float32 rows are at least as near to the CPU's; both workspaces hold what they say and no more."""
+    x, weights = tokens(M), np.random.default_rng(M).random((M, TOPK)).astype(np.float32)
+    ids = np.random.default_rng(M).integers(0, E, (M, TOPK)).astype(np.int32)
+    given = (to_device(x), None, to_device(weights), to_device(ids))
+    errors = {}
+    for dtype, item in ((None, 2), (np.float32, 4)):
+        ours = layer(scheme, routed_dtype=dtype)
+        first = bits(ours(*given))
+        for _ in range(4):  # the later ones from a tape
+            assert (bits(ours(*given)) == first).all()
+        whole = pymoe.MoELayer(W1.astype(np.float32), W2.astype(np.float32), topk=TOPK)
+        expected = whole(x.astype(np.float32), None, weights, ids)
+        errors[item] = np.linalg.norm(first.view(BF16).astype(np.float64) - expected)
+        with ours._kernel(BF16)[0].impl.workspaces.current() as workspace:
+            rows, h_bytes = M * TOPK, 2 if scheme != "fp8_w8a8_block" else 6
+            assert workspace.nbytes <= rows * (WIDTH * h_bytes + K * item) + 24 * rows + (1 << 20)
+    assert errors[4] <= 1.02 * errors[2]
+    assert M == 1 or errors[4] != errors[2]
+
+
 @pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "int4_w4a16", "mxfp4"])
 def test_dirty_memory_changes_no_bit(cuda, scheme):
     ours = layer(scheme, gate=to_device(GATE))

@@ -7,7 +7,11 @@ import types
 import numpy as np
 import pytest
 
+from pymoe.codec.weights import WeightOperand
+from pymoe.device.launch import LaunchPlan
 from pymoe.device.tape import Recorder
+from pymoe.ops.grouped_gemm import _cuda
+from tests.ops.devices import emulation
 
 pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
 
@@ -96,3 +100,26 @@ def test_which_addresses_are_the_callers():
     recorder = Recorder([X, OUT])
     held = [recorder.holds(array.data.ptr + offset) for array in (X, OUT, SCRATCH) for offset in (-1, 0, 63, 64)]
     assert held == [False, True, True, False] * 2 + [False] * 4
+
+
+def test_the_router_weights_of_a_grouped_gemm_are_patched(monkeypatch):
+    """They stand in the middle of the structure that the kernel takes by value; another call brings others."""
+    slots, weights, out = np.zeros(4, np.int32), np.ones((4, 1), np.float32), np.zeros((4, 8), np.float32)
+    recorder, calls = Recorder([Array(weights.ctypes.data, weights.nbytes)]), []
+    with emulation():
+        monkeypatch.setattr(
+            LaunchPlan, "__call__", lambda plan, *args: note(recorder, *args, leading_pointers=plan.leading_pointers)
+        )
+        tiles = _cuda.TileList(np.zeros((1, 4), np.int32), np.ones(1, np.int32), 16)
+        operand = WeightOperand.unquantized(np.zeros((1, 8, 8), np.float32))
+        _cuda.grouped_gemm(np.zeros((4, 8), np.float32), operand, tiles, routed=_cuda.Routed(slots, weights), out=out)
+    tape = recorder.tape()
+    monkeypatch.setattr(tape, "_launch", lambda *args: calls.append(args))
+    monkeypatch.setattr("pymoe.device.tape._enter_context", lambda device: None)
+    (launch,) = tape._held[0]
+    count = len(_cuda.arguments.Pointers._fields)
+    before = _cuda.arguments.Pointers(*launch.words[:count].tolist())
+    tape.play([0x7F0000005000], 0, 3)
+    after = _cuda.arguments.Pointers(*launch.words[:count].tolist())
+    assert before.topk_weights == weights.ctypes.data and before.row_to_slot == slots.ctypes.data and len(calls) == 1
+    assert after == before._replace(topk_weights=0x7F0000005000)

@@ -54,6 +54,8 @@ def multiply(device, a, operand, offsets, *, tile_rows=64, out=None, out_dtype=n
     out = sent(np.full((P, width), np.nan, out_dtype), device) if out is None else out
     a, offsets, w = sent(a, device), sent(np.asarray(offsets, np.int32), device), on_device(operand, device)
     options = {name: sent(value, device) for name, value in options.items()}
+    if "routed" in options:
+        options["routed"] = _cuda.Routed(*(sent(x, device) for x in options["routed"]))
 
     def run():
         tiles = _cuda.list_tiles(offsets, P, tile_rows)
@@ -105,6 +107,33 @@ def test_every_pair_in_every_tile_shape(device, scheme, hidden, shape):
     part = {} if scale is None else {"a_scale": scale[last:] if len(scale) > 1 else scale, "a_key": key}
     alone = multiply(device, codes[last:], operand, np.r_[np.zeros(len(offsets) - 1, int), 1], tile_rows=16, **part)
     np.testing.assert_array_equal(bits(alone), bits(answers[0][last:]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scheme, hidden", list(combinations()))
+def test_router_weights_multiply_before_the_one_rounding(device, scheme, hidden, shape):
+    if device == "emulated" and scheme not in ("fp8_w8a16", "int8_w8a8_block", "fp8_w8a8"):
+        pytest.skip("one epilogue for all pairs; few stand for all where each has to be compiled")
+    codes, scale, key, operand, _, _, offsets = problem(scheme, shape, HIDDEN[hidden])
+    given = {} if scale is None else {"a_scale": scale, "a_key": key}
+    P, rng = len(codes), np.random.default_rng(5)
+    weights = rng.standard_normal((P + 9, 1)).astype(np.float32)
+    weights[:3, 0] = (0, -0.0, 2.0**-140)
+    slots = rng.permutation(P + 9)[:P].astype(np.int32)
+    rows = multiply(device, codes, operand, offsets, **given) * weights[slots]
+    for tile_rows in TILE_ROWS:
+        for dtype in HIDDEN.values():
+            y = multiply(
+                device, codes, operand, offsets, tile_rows=tile_rows, routed=(slots, weights), out_dtype=dtype, **given
+            )
+            np.testing.assert_array_equal(bits(y), bits(rows.astype(dtype)))
+
+
+def test_router_weights_do_not_go_with_an_activation(device):
+    operand = WeightOperand.unquantized(np.zeros((2, 6, 8), np.float32))
+    routed = (np.zeros(4, np.int32), np.ones((4, 1), np.float32))
+    with pytest.raises(ArgumentError, match="routed must be None where an activation follows"):
+        multiply(device, np.zeros((4, 8), np.float32), operand, [0, 1, 4], act=CONFIGS[0], routed=routed)
 
 
 @pytest.mark.parametrize("tile_rows", TILE_ROWS)

@@ -29,6 +29,7 @@ from pymoe.ops.grouped_gemm._cuda_instances import Instance, Operands, all_insta
 from pymoe.quantization import QuantKey, kTf32
 
 __all__ = [
+    "Routed",
     "TileList",
     "choose_tile_rows",
     "grouped_gemm",
@@ -55,6 +56,13 @@ class TileList(NamedTuple):
     tiles: Array
     tile_count: Array
     tile_rows: int
+
+
+class Routed(NamedTuple):
+    """What the router says of rows: the slot of each, (P,) int32, and the weight of each slot, (M, topk) float32."""
+
+    row_to_slot: Array
+    topk_weights: Array
 
 
 def kernels(arch: str) -> tuple[KernelId, ...]:
@@ -137,6 +145,7 @@ def grouped_gemm(
     a_scale: Array | None = None,
     a_key: QuantKey | None = None,
     activation: ActivationConfig | None = None,
+    routed: Routed | None = None,
     out: Array,
 ) -> Array:
     """Multiply rows grouped by expert with that expert's weights; optionally apply GEMM1's activation.
@@ -155,6 +164,8 @@ def grouped_gemm(
         (1,) for all rows, (rows, 1) a row, or (rows, groups) along k.
     activation : ActivationConfig, optional
         Applied to sums with their scales and bias; halves the width if gated.
+    routed : Routed, optional
+        Multiply each row by its router weight, after scales and bias; not together with `activation`.
     out : cupy.ndarray, (P, width), float32, float16 or bfloat16
         Written in the rows that the work list names, and returned; one rounding.
 
@@ -164,6 +175,8 @@ def grouped_gemm(
         Arguments that do not fit each other; nothing has been launched.
     """
     E, N = w.codes.shape[:2]
+    if routed is not None and activation is not None:
+        raise ArgumentError(complaint(_CALL, "routed", "be None where an activation follows", "router weights"))
     width = N if activation is None else activation.width(N)
     operands, a_fields = _operands(a, w, a_key, a_scale)
     _check_output(out, width, w, (E, N))
@@ -187,6 +200,7 @@ def grouped_gemm(
     pointers = arguments.Pointers(
         address(a), address(codes), address(out), address(rows.tiles), address(rows.tile_count), _pointer(gather),
         _pointer(a_scale), _pointer(w.group_scale), _pointer(w.row_scale), _pointer(w.bias), _pointer(w.zp),
+        *((0, 0) if routed is None else (address(routed.row_to_slot), address(routed.topk_weights))),
     )  # fmt: skip
     blocks = sizes.capacity * parts * column_tiles
     if blocks >= 2**30:

@@ -29,6 +29,8 @@ class Pointers(NamedTuple):
     row_scale: int
     bias: int
     zero_points: int
+    row_to_slot: int
+    topk_weights: int
 
 
 class Sizes(NamedTuple):
@@ -57,7 +59,7 @@ class Sizes(NamedTuple):
     out_format: int
 
 
-_LAYOUT = struct.Struct("<11Q10if12i5f")
+_LAYOUT = struct.Struct("<13Q10if12i5f")
 NBYTES = _LAYOUT.size
 _VOID = np.dtype(f"V{NBYTES}")
 
