@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from pymoe.errors import ArgumentError, DTypeError, UnsupportedError, complaint
-from pymoe.formula import Program, read_function
+from pymoe.formula import ClosedFunction, Program, Untranslated, close_function, read_function
 from pymoe.formula.source import where
 
 __all__ = ["ActivationConfig", "MoEActivation", "RegisteredActivation", "find_activation", "register_activation",
@@ -84,7 +84,7 @@ class RegisteredActivation:
     name: str
     fn: Callable[..., Any] = field(compare=False)
     is_gated: bool
-    program: Program = field(repr=False)
+    program: Program | ClosedFunction = field(repr=False)
     is_interleaved = False
 
     @property
@@ -105,7 +105,8 @@ def register_activation(name: str, fn: Callable[..., Any], gated: bool = True) -
 
     It is read from its source text and translated for every backend; on CUDA it becomes part of GEMM1's epilogue.
     Arithmetic, comparisons, conditional expressions, ``if``, local names, ``for`` over a known range, calls of other
-    such functions, and abs, min, max, pow, exp, expm1, log, log1p, tanh, sqrt, erf and floor are translated.
+    such functions, and abs, min, max, pow, exp, expm1, log, log1p, tanh, sqrt, erf and floor are translated.  Numba
+    compiles a function that holds anything else, and on CUDA it is linked into the kernel.
 
     Parameters
     ----------
@@ -125,14 +126,15 @@ def register_activation(name: str, fn: Callable[..., Any], gated: bool = True) -
     Raises
     ------
     ArgumentError
-        `name` is empty, taken by a built-in activation or by another function; or `fn` cannot be translated: the
-        message names the file and the line.  Nothing has been registered.
+        `name` is empty, taken by a built-in activation or by another function; or `fn` is a mistake, or neither
+        translated nor compiled by Numba: the message names the file and the line.  Nothing has been registered.
     DTypeError
         `name` is no string, `fn` is not callable, or `gated` is not a bool.
 
     Notes
     -----
-    All backends do the same float32 operations, so they give the same bits; ``docs/own_activations`` has the rules.
+    All backends do the same float32 operations, so they give the same bits; functions that are compiled whole agree to
+    4 ulp.  ``docs/own_activations`` has the rules.
     May be called from any thread.
 
     Examples
@@ -158,7 +160,7 @@ def register_activation(name: str, fn: Callable[..., Any], gated: bool = True) -
         raise DTypeError(complaint(call, "fn", "be callable", type(fn).__name__))
     if not isinstance(gated, bool):
         raise DTypeError(complaint(call, "gated", "be True or False", repr(gated)))
-    program = read_function(call, fn, 2 if gated else 1)
+    program = _read(call, fn, 2 if gated else 1)
     registered = RegisteredActivation(name, fn, gated, program)
     with _registry_lock:
         known = _registry.setdefault(name, registered)
@@ -166,6 +168,19 @@ def register_activation(name: str, fn: Callable[..., Any], gated: bool = True) -
         rule = "be new, or be registered again for what computes the same"
         raise ArgumentError(complaint(call, "name", rule, f"{name!r} of {described(known)}", "Choose another name"))
     return known
+
+
+def _read(call: str, fn: Callable[..., Any], arity: int) -> Program | ClosedFunction:
+    """Translate a function, or leave it whole to Numba."""
+    try:
+        return read_function(call, fn, arity)
+    except Untranslated as error:
+        reason = str(error)
+    from pymoe.formula._numba import check
+
+    closed = close_function(call, fn, arity)
+    check(call, closed, reason)
+    return closed
 
 
 def registered_activations() -> tuple[RegisteredActivation, ...]:

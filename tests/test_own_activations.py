@@ -16,9 +16,12 @@ from pymoe import ActivationConfig, FusedMoEKernel, MoEActivation, SingleProcess
 from pymoe.activations import RegisteredActivation, registered_activations
 from pymoe.device.jit import KernelId, cache_key
 from pymoe.device.own_activation import with_activation
+from pymoe.formula import ClosedFunction
 from pymoe.ops import activation
 from tests.experts.test_pairs import SCHEMES, Problem, close, problem, standard
+from tests.formula import untranslated
 from tests.formula.evaluate import defined
+from tests.selection import BF16
 
 
 def own_silu(gate, up):
@@ -190,6 +193,52 @@ def test_every_pair_and_every_experts_on_the_cpu(scheme):
         pymoe.BatchedPrepareAndFinalize(max_num_tokens=16, num_local_experts=5, num_dispatchers=1, rank=0),
     )
     np.testing.assert_array_equal(batched, y)
+
+
+WHOLE = {
+    fn.__name__: register_activation(f"test_own_{fn.__name__}", fn, fn is not untranslated.plain_wave)
+    for fn in (*untranslated.GATED, untranslated.plain_wave)
+}
+"""Functions that Numba compiles whole."""
+
+
+@pytest.mark.parametrize("own", WHOLE.values(), ids=WHOLE)
+def test_a_function_that_is_not_translated_has_the_same_bits_on_every_backend_of_the_cpu(own):
+    assert isinstance(own.program, ClosedFunction)
+    x = np.concatenate(untranslated.operands(300)).reshape(4, -1)
+    for dtype in (np.float32, BF16):
+        by_numpy, by_numba = (activation(x.astype(dtype), own, backend=name) for name in ("numpy", "numba"))
+        assert np.isfinite(by_numpy.astype(np.float32)).mean() > 0.9
+        assert np.array_equal(by_numpy.view(np.uint8), by_numba.view(np.uint8))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_function_that_is_not_translated_in_every_pair(scheme):
+    p = like(problem(scheme, biases=True), WHOLE["helped"])
+    y = standard(p)
+    assert np.isfinite(y).all()
+    close(scheme, y, standard(p, pymoe.NumpyReferenceExperts))
+
+
+def test_whole_functions_are_registered_again_by_text_and_numbers():
+    def made(c, turns=3):
+        def f(gate, up):
+            y = gate
+            while y > c:
+                y = y / turns
+            return y * up
+
+        return f
+
+    first = register_activation("test_own_made", made(2.0))
+    assert register_activation("test_own_made", made(2.0)) is first
+    for other in (made(2.5), made(2.0, 4), own_silu):
+        with pytest.raises(pymoe.ArgumentError, match=r"must be new, or .*; got 'test_own_made' of f at .*\.py:\d+"):
+            register_activation("test_own_made", other)
+    kernel = KernelId("activation/activation.cu", "pymoe::activation_kernel")
+    others = [with_activation(kernel, ActivationConfig(own)) for own in (first, *WHOLE.values(), SILU)]
+    assert len(set(others)) == len(others) == len({repr(k) for k in others})
+    assert with_activation(kernel, ActivationConfig(first)) == others[0]
 
 
 def test_a_plain_one_in_a_layer_and_its_monolithic_twin():

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 from pymoe import environment
 from pymoe.device import arch as archs
-from pymoe.device import cubins, toolkit
+from pymoe.device import cubins, linking, toolkit
 from pymoe.device.cubins import CompiledKernel
 from pymoe.errors import BackendUnavailableError, KernelCompileError, complaint
+from pymoe.formula import ClosedFunction
 
 __all__ = [
     "PROBE",
@@ -41,12 +42,13 @@ class KernelId(NamedTuple):
 
     ``unit`` is the path of a ``.cu`` in ``cuda_src``, such as ``permute/permute.cu``; ``expression`` is the instance as
     C++ names it, such as ``pymoe::permute_kernel<8>``; ``prelude`` is source that stands before the unit's own: the
-    activation of a user, or nothing.
+    activation of a user, or nothing; ``linked`` is a function that the prelude declares and nvJitLink adds.
     """
 
     unit: str
     expression: str
     prelude: str = ""
+    linked: ClosedFunction | None = None
 
     def __str__(self) -> str:
         return f"{self.expression} of {self.unit}" + self._own()
@@ -94,9 +96,9 @@ def compile_kernel(kernel: KernelId, arch: str) -> CompiledKernel:
     ArgumentError
         `arch` is unknown.
     BackendUnavailableError
-        NVRTC, cuda-core or the CUDA headers are missing, or NVRTC is older than `arch`.
+        NVRTC, cuda-core, the CUDA headers or what a linked function needs are missing, or NVRTC is older than `arch`.
     KernelCompileError
-        The source does not compile; carries the unit, the options and the compiler's log.
+        The source does not compile; carries the unit, the options and the compiler's log.  Or the linked function.
     """
     with _lock:
         future = _compiled.get((kernel, arch))
@@ -215,20 +217,31 @@ def _read_or_compile(kernel: KernelId, arch: str) -> CompiledKernel:
 def compile_now(kernel: KernelId, arch: str) -> CompiledKernel:
     """Compile a kernel, whatever is kept already; raises as `compile_kernel`."""
     toolkit.check_arch(arch)
+    if kernel.linked is None:
+        code, log = _compile(kernel, arch, "cubin", _OPTIONS)
+        return CompiledKernel(bytes(code.code), code.symbol_mapping[kernel.expression].decode(), log)
+    options = {name: value for name, value in _OPTIONS.items() if name != "ptxas_options"}  # there is no assembler yet
+    code, _ = _compile(kernel, arch, "ltoir", options | {"link_time_optimization": True})
+    cubin, log = linking.link(bytes(code.code), kernel.linked, arch)
+    return CompiledKernel(cubin, code.symbol_mapping[kernel.expression].decode(), log)
+
+
+def _compile(kernel: KernelId, arch: str, kind: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Return what NVRTC makes of a kernel, and its log."""
     core = toolkit.cuda_core()
     source = kernel.prelude + (source_folder() / kernel.unit).read_text(encoding="utf-8")
     folders = [str(source_folder()), *map(str, toolkit.include_path())]
     log = io.StringIO()
     try:
-        options = core.ProgramOptions(name=kernel.unit, arch=arch, include_path=folders, **_OPTIONS)
-        code = core.Program(source, "c++", options).compile("cubin", name_expressions=(kernel.expression,), logs=log)
-        # The object itself must never be printed: without a driver its repr hangs later compilations.
-        return CompiledKernel(bytes(code.code), code.symbol_mapping[kernel.expression].decode(), log.getvalue())
+        given = core.ProgramOptions(name=kernel.unit, arch=arch, include_path=folders, **options)
+        code = core.Program(source, "c++", given).compile(kind, name_expressions=(kernel.expression,), logs=log)
     except Exception as error:  # of cuda.core, whose kinds are private
-        remedy = f"Options {_OPTIONS}, include path {folders}; the compiler says:\n{error}"
+        remedy = f"Options {options}, include path {folders}; the compiler says:\n{error}"
         path = source_folder() / kernel.unit
         text = complaint("compile_kernel", str(path), f"compile for {arch}", f"errors for {kernel.expression}", remedy)
         raise KernelCompileError(text) from None
+    # The object itself must never be printed: without a driver its repr hangs later compilations.
+    return code, log.getvalue()
 
 
 def cache_key(kernel: KernelId, arch: str, version: tuple[int, int] | None = None) -> str:
@@ -237,7 +250,9 @@ def cache_key(kernel: KernelId, arch: str, version: tuple[int, int] | None = Non
     `version` is that of the library, which is loaded to ask for it, unless given.
     """
     version = toolkit.nvrtc_version() if version is None else version
-    made_by = (tuple(kernel), arch, _OPTIONS, version, sources_digest(source_folder(), kernel.unit))
+    linked = None if kernel.linked is None else linking.made_by(kernel.linked)
+    named = (kernel.unit, kernel.expression, kernel.prelude, linked)
+    made_by = (named, arch, _OPTIONS, version, sources_digest(source_folder(), kernel.unit))
     return hashlib.sha256(repr(made_by).encode()).hexdigest()
 
 

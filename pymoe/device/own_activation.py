@@ -7,7 +7,9 @@ from functools import lru_cache
 
 from pymoe.activations import ActivationConfig, RegisteredActivation
 from pymoe.device.jit import KernelId
-from pymoe.formula import spell
+from pymoe.device.linking import SYMBOL, WORD_SYMBOL
+from pymoe.formula import ClosedFunction, Program, spell
+from pymoe.formula.words import ELEMENTARY, program_of
 
 __all__ = ["with_activation"]
 
@@ -24,21 +26,49 @@ _WORDS = {
 def with_activation(kernel: KernelId, activation: ActivationConfig) -> KernelId:
     """Return the instance of a kernel for an activation: another one where that is a user's."""
     own = activation.activation
-    return kernel._replace(prelude=_prelude(own)) if isinstance(own, RegisteredActivation) else kernel
+    if not isinstance(own, RegisteredActivation):
+        return kernel
+    if isinstance(own.program, ClosedFunction):
+        return kernel._replace(prelude=_prelude_of_closed(own.program), linked=own.program)
+    return kernel._replace(prelude=_prelude(own.program))
 
 
 @lru_cache(maxsize=256)
-def _prelude(activation: RegisteredActivation) -> str:
+def _prelude(program: Program) -> str:
     """Return the definitions that ``activation/activation.cuh`` asks for; equal for what computes the same."""
-    lines = spell(activation.program, _WORDS, _number, "    const {kind} {name} = {value};\n")
-    names = "float a0, float a1" if activation.is_gated else "float a0, float"
+    return _BEGIN + _function("own_activation", program, program.arity == 1) + _END
+
+
+@lru_cache(maxsize=256)
+def _prelude_of_closed(function: ClosedFunction) -> str:
+    """Return the definitions for a function that is linked: its call, and the words that it calls in turn."""
+    words = sorted(function.words.intersection(ELEMENTARY))
+    definitions = [_function(WORD_SYMBOL.format(word), program_of(word), external=True) for word in words]
+    arguments = ", ".join(f"a{i}" for i in range(function.arity))
     return (
-        "#define PYMOE_OWN_ACTIVATION\n"
-        '#include "activation/operations.cuh"\n'
-        "namespace pymoe {\n"
-        f"__device__ __forceinline__ float own_activation({names}) {{\n"
-        f"{''.join(lines)}    return t{len(lines) - 1};\n}}\n}}  // namespace pymoe\n"
+        f"// {function.digest}\n{_BEGIN}{''.join(definitions)}"
+        f'extern "C" __device__ float {SYMBOL}({_parameters(function.arity)});\n'
+        f"__device__ __forceinline__ float own_activation({_parameters(function.arity, function.arity == 1)}) {{\n"
+        f"    return {SYMBOL}({arguments});\n}}\n{_END}"
     )
+
+
+_BEGIN = '#define PYMOE_OWN_ACTIVATION\n#include "activation/operations.cuh"\nnamespace pymoe {\n'
+_END = "}  // namespace pymoe\n"
+
+
+def _function(name: str, program: Program, unread: bool = False, external: bool = False) -> str:
+    """Return a program as a function, which `unread` gives one more parameter."""
+    lines = spell(program, _WORDS, _number, "    const {kind} {name} = {value};\n")
+    kind = 'extern "C" __device__' if external else "__device__ __forceinline__"
+    return (
+        f"{kind} float {name}({_parameters(program.arity, unread)}) {{\n"
+        f"{''.join(lines)}    return t{len(lines) - 1};\n}}\n"
+    )
+
+
+def _parameters(arity: int, unread: bool = False) -> str:
+    return ", ".join([*(f"float a{i}" for i in range(arity)), *["float"] * unread])
 
 
 def _number(number: float) -> str:

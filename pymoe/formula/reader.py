@@ -16,12 +16,16 @@ from pymoe.errors import ArgumentError, complaint
 from pymoe.formula import elementary
 from pymoe.formula.functions import COMPARISONS, FUNCTIONS, OPERATORS, choose
 from pymoe.formula.program import LONGEST, Builder, Program, TooLong, Value, float32
-from pymoe.formula.source import NoSource, find_source, where
+from pymoe.formula.source import RELOAD, NoSource, find_source, where
 
-__all__ = ["read_function"]
+__all__ = ["Untranslated", "read_function"]
 
 _MOST_TURNS = 64
 """Turns of a loop at most, all of which are written out."""
+
+
+class Untranslated(ArgumentError):
+    """A function holds what is not translated; it may be one that a compiler of whole functions takes."""
 
 
 def read_function(call: str, fn: Callable[..., Any], arity: int) -> Program:
@@ -31,16 +35,17 @@ def read_function(call: str, fn: Callable[..., Any], arity: int) -> Program:
 
     Raises
     ------
+    Untranslated
+        An expression or a statement that is not translated; names the file and the line.
     ArgumentError
-        Not a function whose text can be read, other parameters, or an expression that is not translated; names the
-        file and the line.
+        Not a function whose text can be read, other parameters, or a mistake; names the file and the line.
     """
     reader = _Reader(call, Builder(arity))
     try:
         result = reader.inline(fn, reader.builder.arguments(), None)
         return reader.builder.finish(reader.as_float(result))
     except TooLong:
-        raise reader.refusal(f"take at most {LONGEST} operations", "more", where(fn)) from None
+        raise reader.refusal(f"take at most {LONGEST} operations", "more", where(fn), kind=Untranslated) from None
     except RecursionError:
         raise reader.refusal("nest less deeply", "a very deep expression", where(fn)) from None
 
@@ -67,8 +72,7 @@ class _Reader:
         try:
             definition = find_source(fn)
         except NoSource as reason:
-            remedy = "Define it in a file or a notebook, and load that anew"
-            raise self.refusal("have its source text at hand", f"{fn.__name__}: {reason}", place, remedy) from None
+            raise self.refusal("have its source text at hand", f"{fn.__name__}: {reason}", place, RELOAD) from None
         self.running.append(fn)
         try:
             scope = _Scope(self, fn, names)
@@ -109,7 +113,9 @@ class _Reader:
             return int(value)
         if isinstance(value, float | np.floating):
             return float(value)
-        raise self.refusal("use numbers only", f"{name}, which is a {type(value).__name__},", place)
+        got = f"{name}, which is a {type(value).__name__},"
+        kind = ArgumentError if isinstance(value, complex) else Untranslated
+        raise self.refusal("use numbers only", got, place, kind=kind)
 
     def as_float(self, value: Any) -> Any:
         """Return a value as float32: 1 and 0 for truth values."""
@@ -123,8 +129,10 @@ class _Reader:
             return bool(value)
         return value if value.is_truth else self.builder.step("ne", value, 0.0)
 
-    def refusal(self, rule: str, got: str, place: str, remedy: str = "") -> ArgumentError:
-        return ArgumentError(complaint(self.call, "fn", rule, f"{got} at {place}", remedy))
+    def refusal(
+        self, rule: str, got: str, place: str, remedy: str = "", kind: type[ArgumentError] = ArgumentError
+    ) -> ArgumentError:
+        return kind(complaint(self.call, "fn", rule, f"{got} at {place}", remedy))
 
 
 class _Scope:
@@ -135,9 +143,15 @@ class _Scope:
         cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
         self.cells = dict(cells)
 
-    def refuse(self, node: ast.AST, rule: str, got: str | None = None, remedy: str = "") -> ArgumentError:
+    def refuse(
+        self, node: Any, rule: str, got: str | None = None, remedy: str = "", kind: type[ArgumentError] = Untranslated
+    ) -> ArgumentError:
         text = ast.unparse(node).splitlines()[0] if got is None else got
-        return self.reader.refusal(rule, text, where(self.fn, node.lineno), remedy)  # type: ignore[attr-defined]
+        return self.reader.refusal(rule, text, where(self.fn, node.lineno), remedy, kind)
+
+    def mistake(self, node: ast.AST, rule: str, got: str | None = None) -> ArgumentError:
+        """Return the error of what no compiler can make right."""
+        return self.refuse(node, rule, got, kind=ArgumentError)
 
     # Statements
 
@@ -150,7 +164,7 @@ class _Scope:
                 raise TooLong
             if isinstance(statement, ast.Return):
                 if statement.value is None:
-                    raise self.refuse(statement, "return a number on every path")
+                    raise self.mistake(statement, "return a number on every path")
                 return True, self.evaluate(statement.value)
             if isinstance(statement, ast.If):
                 return self.branch(statement, rest)
@@ -207,7 +221,7 @@ class _Scope:
             self.names = dict(before)
             found, result = self.run([*body, *rest])
             if not found:
-                raise self.refuse(statement, "return a number on every path")
+                raise self.mistake(statement, "return a number on every path")
             results.append(result)
         return True, self.choose(truth, *results)
 
@@ -276,28 +290,29 @@ class _Scope:
             try:
                 return getattr(owner, node.attr)
             except AttributeError:
-                raise self.refuse(node, "use names that exist") from None
+                raise self.mistake(node, "use names that exist") from None
         if not isinstance(node, ast.Name):
             raise self.refuse(node, f"hold translated expressions only, not {type(node).__name__}")
         name = node.id
         if name in self.names or name in self.fn.__code__.co_varnames:
-            rule = "use functions and modules from outside only" if name in self.names else "assign names before use"
-            raise self.refuse(node, rule)
+            if name in self.names:
+                raise self.refuse(node, "use functions and modules from outside only")
+            raise self.mistake(node, "assign names before use")
         if name in self.cells:
             try:
                 return self.cells[name].cell_contents
             except ValueError:
-                raise self.refuse(node, "use names that exist") from None
+                raise self.mistake(node, "use names that exist") from None
         for names in (self.fn.__globals__, vars(builtins)):
             if name in names:
                 return names[name]
-        raise self.refuse(node, "use names that exist")
+        raise self.mistake(node, "use names that exist")
 
     def known(self, node: ast.expr, value: Any) -> Any:
         """Return a number from outside as Python's own."""
         number = self.reader.constant(value, ast.unparse(node), where(self.fn, node.lineno))
         if math.isinf(float32(number)) and not math.isinf(number):
-            raise self.refuse(node, "use numbers that float32 can hold")
+            raise self.mistake(node, "use numbers that float32 can hold")
         return number
 
     def unary(self, node: ast.expr, op: ast.unaryop, x: Any) -> Any:
@@ -354,7 +369,7 @@ class _Scope:
             counts, apply = FUNCTIONS[function]
             if len(arguments) not in counts:
                 rule = f"give {ast.unparse(node.func)} {' or '.join(map(str, counts))} arguments"
-                raise self.refuse(node, rule)
+                raise self.mistake(node, rule)
             if function is np.where:
                 return choose(self.reader.as_truth(arguments[0]), *map(self.reader.as_float, arguments[1:]))
             return self.result(node, apply, *map(self.reader.as_float, arguments))
@@ -370,7 +385,7 @@ class _Scope:
         try:
             found = apply(*operands)
         except (ArithmeticError, ValueError) as error:
-            raise self.refuse(node, "compute numbers that exist", f"{ast.unparse(node)} ({error})") from None
+            raise self.mistake(node, "compute numbers that exist", f"{ast.unparse(node)} ({error})") from None
         if isinstance(found, Value):
             return found
         return self.reader.constant(found, ast.unparse(node), where(self.fn, node.lineno))  # type: ignore[attr-defined]

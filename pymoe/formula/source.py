@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-__all__ = ["NoSource", "find_source"]
+__all__ = ["RELOAD", "NoSource", "find_source", "where"]
+
+RELOAD = "Define it in a file or a notebook, and load that anew"
+"""The remedy where there is no text."""
 
 Definition = ast.FunctionDef | ast.Lambda
 

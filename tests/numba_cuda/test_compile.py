@@ -14,7 +14,9 @@ import pytest
 
 import pymoe
 from pymoe import NumbaCudaExperts
+from pymoe.formula import ClosedFunction
 from tests.experts.test_pairs import problem, standard
+from tests.formula import untranslated
 from tests.numba_cuda.test_simulated import bent, bent_gate
 from tests.selection import BF16
 
@@ -105,6 +107,20 @@ def test_own_activations_are_neither_contracted_nor_widened(launched, fn, gated,
     ptx = ptx_of(kernel_of(program, gated), types, (9, 0), monkeypatch)
     assert 0 < ptx.count("fma.rn.f32") <= sum(step.operation == "fma" for step in program.steps)
     assert ".f64" not in ptx
+
+
+@pytest.mark.parametrize("fn", untranslated.GATED, ids=lambda fn: fn.__name__)
+def test_functions_that_are_not_translated_compile_and_are_not_contracted(launched, fn, monkeypatch):
+    """Nothing is called, and fused products stand in exp and in functions of float64 only."""
+    from pymoe.ops.activation._numba_cuda_formula import kernel_of
+
+    program = pymoe.register_activation(f"numba_{fn.__name__}", fn).program
+    assert isinstance(program, ClosedFunction)
+    types = next(types for kernel, types in launched if kernel.py_func.__name__ == "registered_kernel")
+    ptx = ptx_of(kernel_of(program, True), types, (9, 0), monkeypatch)
+    assert ".visible .entry" in ptx and "add.rn.f32" in ptx
+    assert fn is not untranslated.helped or ("fma.rn.f32" not in ptx and ".f64" not in ptx)
+    assert fn in (untranslated.wave, untranslated.picked) or "call" not in ptx.replace("callseq", "")
 
 
 def test_numpy_is_left_as_it_was():

@@ -28,6 +28,7 @@ from pymoe.ops.permute import permute
 from pymoe.ops.quantize import quantize_activations
 from pymoe.ops.unpermute import unpermute
 from tests.experts.test_pairs import Problem
+from tests.formula import untranslated
 from tests.selection import BF16, selection
 from tests.test_selection import apply, kernel_for
 
@@ -176,6 +177,14 @@ def test_registered_activations_have_the_bits_of_the_definition(fn, gated):
     p = small("none", kind=kind)
     expected = run(p, pymoe.NumpyReferenceExperts)
     np.testing.assert_allclose(run(p), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("fn", [untranslated.helped, untranslated.wave])
+def test_functions_that_are_not_translated_have_the_bits_of_numba(fn):
+    kind = ActivationConfig(pymoe.register_activation(f"simulated_{fn.__name__}", fn))
+    x = np.random.default_rng(1).standard_normal((2, 24)).astype("f4") * 4
+    expected = activation(x, kind, backend="numba")
+    np.testing.assert_array_equal(activation(x, kind, backend="numba_cuda"), expected)
 
 
 def test_codes_are_decoded_bit_for_bit():

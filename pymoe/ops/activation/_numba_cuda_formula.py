@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from pymoe.codec._numba_cuda import decode, encode
-from pymoe.device.numba_gpu import cuda, device, floor, fma, kernel, product, sqrt
-from pymoe.formula import Program, spell
-from pymoe.ops.activation._numba_formula import _WORDS
+from pymoe.device._numba_ltoir import inlined, python_words
+from pymoe.device.numba_gpu import SIMULATED, cuda, device, floor, fma, kernel, product, sqrt
+from pymoe.formula import ClosedFunction, Program
+from pymoe.formula._numba import SPELLING, define, function_of
+from pymoe.formula.words import ELEMENTARY, program_of
 
 __all__ = ["kernel_of"]
 
@@ -39,23 +41,18 @@ _NAMES = {"fma": fma, "sqrt": sqrt, "floor": floor, "product": product, "power_o
 
 
 # docs: registered
-def formula_of(program: Program) -> Any:
-    """Return a program as a function that kernels can call: a line an operation, on float32."""
-    constants: dict[str, str] = {}
-
-    def named(number: float) -> str:  # as a global, which Numba takes as the float32 that it is
-        return constants.setdefault(repr(number), f"c{len(constants)}")
-
-    lines = spell(program, _WORDS | {"mul": "product({0}, {1})"}, named, "    {name} = {value}")
-    arguments = ", ".join(f"a{i}" for i in range(program.arity))
-    text = "\n".join([f"def formula({arguments}):", *lines, f"    return t{len(lines) - 1}"])
-    names: dict[str, Any] = _NAMES | {name: np.float32(float(number)) for number, name in constants.items()}
-    exec(text, names)  # our own words around a checked program: no text of the user's is in it
-    return device(names["formula"])
+def formula_of(program: Program | ClosedFunction) -> Any:
+    """Return a user's function as one that kernels can call: of a program a line an operation, on float32."""
+    if isinstance(program, Program):
+        return device(define(program, SPELLING | {"mul": "product({0}, {1})"}, _NAMES))
+    if SIMULATED:  # its floats would be Python's, which are no float32
+        return function_of(program)
+    words = {word: formula_of(program_of(word)) for word in ELEMENTARY if word in program.words}
+    return program.build(words | python_words(apart=True), inlined)
 
 
 @lru_cache(maxsize=64)
-def kernel_of(program: Program, gated: bool) -> Any:
+def kernel_of(program: Program | ClosedFunction, gated: bool) -> Any:
     """Return the kernel of a user's activation."""
     formula = formula_of(program)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
-from pymoe.formula import Program, spell
+from pymoe.formula import ClosedFunction, Program, spell
 
 Array = Any
 
@@ -102,6 +102,13 @@ def _situ(gate: Array, up: Array, beta: float, linear_beta: float | None) -> Arr
 
 def _call(kind: RegisteredActivation, *arguments: Array) -> Array:
     """Apply a user's function to arrays of its arguments."""
+    if isinstance(kind.program, ClosedFunction):  # NumPy cannot run it on whole arrays: Numba's is the definition
+        from pymoe.ops.activation._numba_formula import rows
+
+        y = np.empty(arguments[0].shape, np.float32)
+        x = np.concatenate(arguments, axis=1)
+        rows(kind.program, kind.is_gated)(0, len(x), x, y, np.empty((0, 0), np.uint16))
+        return y
     y = _evaluator(kind.program)(*arguments)
     return np.broadcast_to(y, arguments[0].shape)
 

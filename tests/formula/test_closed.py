@@ -1,0 +1,206 @@
+"""Functions that are not translated: what Numba makes of them is Python's answer on float32, whatever changes later."""
+
+from __future__ import annotations
+
+import linecache
+import math
+
+import numpy as np
+import pytest
+
+import pymoe
+from pymoe.formula import ClosedFunction, Untranslated, close_function, read_function
+from pymoe.formula._numba import check, function_of
+from tests.formula import untranslated
+from tests.formula.evaluate import defined, same
+from tests.formula.test_reader import by_python, line_of
+
+SINE = 2.0
+
+
+def run(fn, *arrays):
+    """Return what Numba gives, through the kernel that layers run."""
+    from pymoe.ops.activation._numba_formula import rows
+
+    closed = close_function("call", fn, len(arrays))
+    x = np.concatenate([a.reshape(1, -1) for a in arrays], axis=1)
+    y = np.empty((1, len(arrays[0])), np.float32)
+    rows(closed, len(arrays) == 2)(0, 1, x, y, np.empty((0, 0), np.uint16))
+    return y[0]
+
+
+@pytest.mark.parametrize("fn", untranslated.GATED, ids=lambda fn: fn.__name__)
+def test_the_translator_refuses_them(fn):
+    with pytest.raises(Untranslated):
+        read_function("call", fn, 2)
+
+
+def repeated(g, u):
+    y = g
+    while abs(y) > 2:
+        y = y * 0.3 - 0.1
+    for k in range(7):
+        if y > u:
+            break
+        y = y + k / 3
+    else:
+        y -= 1
+    return y * 0.1
+
+
+def indexed(g, u):
+    y = 0
+    for k, c in enumerate(untranslated.TABLE):
+        y = y * g + c * k
+    a, b, c = untranslated.TABLE
+    return y + a * untranslated.TABLE[1] - b / c + u % 1.5
+
+
+def nested(g, u):
+    def inner(x, y=0.3):
+        return x * y if x < 2 else x - y
+
+    return inner(g) + (lambda x: x * 1.1)(u) + inner(u, 0.7)
+
+
+@pytest.mark.parametrize("fn", [repeated, indexed, nested, untranslated.helped, untranslated.picked],
+                         ids=lambda fn: fn.__name__)  # fmt: skip
+def test_arithmetic_is_pythons_on_float32_scalars(fn):
+    """Python's own loops, on NumPy's float32, whose operations round one by one and take literals as they are."""
+    g, u = untranslated.operands(1500)
+    assert same(run(fn, g, u), by_python(fn, g, u))
+
+
+@pytest.mark.parametrize(
+    "fn", [untranslated.wave, untranslated.horner, untranslated.newton], ids=lambda fn: fn.__name__
+)
+def test_functions_are_near_the_true_value(fn):
+    g, u = untranslated.operands(1500)
+    g, u = g[np.abs(g) > 1e-20], u[np.abs(g) > 1e-20]
+    expected = np.array([fn(float(a), float(b)) for a, b in zip(g, u, strict=True)])
+    got = run(fn, g, u).astype(np.float64)
+    limit = 2e-5 if fn is untranslated.newton else 2e-6  # it stops at 1e-5
+    assert (np.abs(got - expected) <= limit * (1 + np.abs(g.astype(np.float64) * u) + np.abs(expected))).all()
+
+
+def test_exp_and_its_like_have_the_bits_of_programs():
+    def looped(g, u):
+        y = g
+        while y > 9:
+            y = y / 2
+        return math.exp(y) / math.tanh(u) + math.sqrt(abs(u)) + math.log1p(abs(g)) ** 1.5
+
+    def straight(g, u):
+        return math.exp(g) / math.tanh(u) + math.sqrt(abs(u)) + math.log1p(abs(g)) ** 1.5
+
+    from tests.formula.evaluate import run as run_program
+
+    g, u = untranslated.operands(1500)
+    g, u = g[g < 9], u[g < 9]
+    assert same(run(looped, g, u), run_program(straight, g, u))
+
+
+def test_numbers_are_those_of_the_moment():
+    table, helper = np.array([2.0, 3.0]), defined("def helper(x):\n    return x - x", "helper")
+    text = "def f(x):\n    while x > 50: x = x / 2\n    return x * factor + table[1] + helper(x)"
+    fn = defined(text, factor=2.0, table=table, helper=helper)
+    closed = close_function("call", fn, 1)
+    table[1], fn.__globals__["factor"], fn.__globals__["helper"] = 7, 5.0, None
+    assert function_of(closed)(np.float32(1.5)) == 6
+
+
+def made(c):
+    def f(x):
+        y = x
+        while y > 2:
+            y = y - c
+        return y
+
+    return f
+
+
+def test_the_digest_tells_code_and_numbers_apart():
+    def digest(fn):
+        return close_function("call", fn, 1).digest
+
+    assert digest(made(1.0)) == digest(made(1.0)) != digest(made(1.5))
+    assert digest(made(0.0)) != digest(made(-0.0)) and digest(made(1)) != digest(made(1.0)) != digest(made(True))
+    texts = ["while x > 2: x -= 1", "while x > 2: x -= 2", "while x >= 2: x -= 1", "while x > 2:   x -= 1  # other"]
+    found = [digest(defined(f"def f(x):\n    {text}\n    return x")) for text in texts]
+    assert found[0] == found[3] and len(set(found)) == 3
+    helpers = [defined(f"def h(x):\n    return x % {n}", "h") for n in (2, 3)]
+    found = [digest(defined("def f(x):\n    return h(x)", h=h)) for h in helpers]
+    assert found[0] != found[1]
+
+
+def registered(text, gated=True, **names):
+    fn = defined(text, math=math, np=np, **names)
+    return fn, lambda: pymoe.register_activation("test_closed_bad", fn, gated)
+
+
+TAKEN = {
+    "a while loop": "def f(g, u):\n    while g > 0:\n        g = g - 1\n    return g",
+    "a long loop": "def f(g, u):\n    for k in range(65):\n        u += k\n    return u",
+    "break": "def f(g, u):\n    for k in range(3):\n        break\n    return u",
+    "another function": "def f(g, u):\n    return math.sin(g)",
+    "modulo": "def f(g, u):\n    return g % u + g // 2",
+    "a subscript": "def f(g, u):\n    return pair[0] * g",
+    "and of numbers": "def f(g, u):\n    return g and u",
+    "an inner function": "def f(g, u):\n    def h(x):\n        return x\n    return h(g)",
+    "a lambda inside": "def f(g, u):\n    return (lambda x: x)(g)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_was_refused_is_taken(case):
+    closed = close_function("call", defined(TAKEN[case], math=math, np=np, pair=(1.0, 2.0)), 2)
+    check("call", closed, "reason")
+    assert isinstance(closed, ClosedFunction) and closed.arity == 2
+
+
+REFUSED = {
+    "a text": ("def f(g, u):\n    while g > 1: g -= 1\n    return 'a' * g #!", "Numba does not compile it either: "),
+    "a dictionary": ("def f(g, u):\n    y = {1: g}\n    return y[u] #!", "Numba does not compile it either: "),
+    "an attribute": ("def f(g, u):\n    return g.missing #!", "either: Unknown attribute 'missing'"),
+    "a list": ("def f(g, u): #!\n    y = [g]\n    return y", "return a number on every path; got list(float32)"),
+    "a path without an answer": ("def f(g, u): #!\n    while g > 1:\n        return g", "on every path; got Optional"),
+    "a complex number": ("def f(g, u): #!\n    return complex(g)", "return a number on every path; got complex"),
+    "an array": ("def f(g, u): #!\n    return g * array", "return a number on every path; got array(float32"),
+    "an object": ("def f(g, u):\n    return g * thing.factor #!", "tuples and arrays of numbers, only; got thing"),
+    "a name that is none": ("def f(g, u):\n    while g > 1: g -= missing #!\n    return g", "use names that exist"),
+    "a large number": ("def f(g, u):\n    while g > 1: g -= 1e39 #!\n    return g", "that float32 can hold; got 1e+39"),
+    "an exception": ("def f(g, u):\n    if g % 2 > 1:\n        raise ValueError #!\n    return g", "neither raise"),
+    "assert": ("def f(g, u):\n    while g > 1: g -= 1\n    assert g < 1 #!\n    return g", "neither raise, catch nor"),
+    "try": ("def f(g, u):\n    try: #!\n        return g % u\n    except ValueError: return u", "neither raise"),
+    "print": ("def f(g, u):\n    print(g) #!\n    return g", "must not print; got print(g)"),
+    "recursion": ("def f(g, u):\n    return f(g, u) if g % 2 > 1 else u #!", "not call itself"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_file_and_line(case):
+    text, rule = REFUSED[case]
+    thing = type("Thing", (), {"factor": 2.0})()
+    fn, register = registered(text, thing=thing, array=np.ones(3))
+    with pytest.raises(pymoe.ArgumentError) as caught:
+        register()
+    said = str(caught.value)
+    assert said.startswith("register_activation: fn must ") and rule in said, said
+    assert f"{fn.__code__.co_filename}:{line_of(text)}" in said, said
+    with pytest.raises(pymoe.ArgumentError, match="activation must be one of silu, "):
+        pymoe.ActivationConfig("test_closed_bad")
+
+
+def test_a_helper_must_have_a_text():
+    fn = defined("def f(x):\n    while x > 2: x -= 1\n    return h(x)", h=eval("lambda x: x"))
+    with pytest.raises(pymoe.ArgumentError, match="have its source text at hand; got <lambda>: there is no source"):
+        pymoe.register_activation("test_closed_bad", fn, gated=False)
+
+
+def test_the_text_must_be_that_of_the_code():
+    fn = defined("def f(x):\n    while x > 2: x -= 1\n    return x")
+    file = fn.__code__.co_filename
+    changed = "def f(x):\n    while x > 2: x -= 2\n    return x"
+    linecache.cache[file] = (len(changed), None, changed.splitlines(True), file)
+    with pytest.raises(pymoe.ArgumentError, match="has changed since it was loaded"):
+        pymoe.register_activation("test_closed_changed", fn, gated=False)
