@@ -15,8 +15,8 @@ from pymoe.activations import registered_activations
 __all__ = ["cpu_features", "installation", "processor", "show_config"]
 
 _REQUIRED = ("numpy", "ml_dtypes", "numba")
-_OPTIONAL = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda.core": ("cuda-core",), "mpi4py": ("mpi4py",),
-             "matplotlib": ("matplotlib",)}  # fmt: skip
+_OPTIONAL = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda.core": ("cuda-core",),
+             "numba-cuda": ("numba-cuda",), "mpi4py": ("mpi4py",), "matplotlib": ("matplotlib",)}  # fmt: skip
 
 
 def installation() -> dict[str, str]:

@@ -212,10 +212,12 @@ def test_doctor_says_why_an_optional_library_cannot_be_used(capsys, monkeypatch,
     (tmp_path / "dies.py").write_text("import os; os._exit(3)")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("pymoe.cli.commands.EXTRAS", {"raises": "mpi", "dies": "cu13", "absent": "plot", "numpy": "x"})
+    extras = {"raises": ("mpi", "ranks"), "dies": ("cu13", "y"), "absent": ("plot", "z"), "numpy": ("x", "x")}
+    monkeypatch.setattr("pymoe.cli.commands.EXTRAS", extras)
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert "raises cannot be used: RuntimeError: no libmpi.so; it is optional, pip install 'pymoe[mpi]'" in printed
+    told = "raises cannot be used: RuntimeError: no libmpi.so; it is optional, for ranks: pip install 'pymoe[mpi]'"
+    assert told in printed
     assert "dies cannot be used: its import ends with status 3" in printed
     assert "absent cannot be used: not installed" in printed and "numpy cannot" not in printed
 

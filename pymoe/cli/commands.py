@@ -29,8 +29,13 @@ WORK_A_STEP = 2e11
 """Floating-point operations between two steps of the progress bar: seconds at most."""
 
 
-EXTRAS = {"cupy": "cu13", "mpi4py": "mpi", "matplotlib": "plot"}
-"""The extra that installs each optional library."""
+EXTRAS = {
+    "cupy": ("cu13", "GPUs"),
+    "numba_cuda": ("numba-cu13", "NumbaCudaExperts and own activations that are not translated"),
+    "mpi4py": ("mpi", "several ranks"),
+    "matplotlib": ("plot", "the pictures of bench"),
+}
+"""The extra that installs each optional library, and what the library is for."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -100,10 +105,10 @@ def doctor(options: argparse.Namespace) -> None:
         return
     installation.show_config()
     print(f"processor can: {' '.join(installation.cpu_features()) or 'nothing beyond its baseline'}")
-    for library, extra in EXTRAS.items():
+    for library, (extra, purpose) in EXTRAS.items():
         reason = report.why_missing(library)
         if reason:
-            print(f"{library} cannot be used: {reason}; it is optional, pip install 'pymoe[{extra}]'")
+            print(f"{library} cannot be used: {reason}; it is optional, for {purpose}: pip install 'pymoe[{extra}]'")
     found = installation.installation()
     if any(found[library] != "not installed" for library in ("cupy", "cuda.core")):
         report.print_cuda()

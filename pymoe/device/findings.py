@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from pymoe.device import arch as archs
-from pymoe.device import cubins, jit, toolkit
+from pymoe.device import cubins, jit, linking, toolkit
 from pymoe.device.private import private_folder
 from pymoe.errors import PymoeError
 
@@ -25,7 +25,9 @@ def show() -> None:
 
 def findings() -> Iterator[tuple[str, str]]:
     """Yield (item, state or what is wrong); no item that fails hides another."""
-    for name, look in (("NVRTC", _nvrtc), ("CUDA headers", _headers), ("a kernel", _probe), ("kernel cache", _cache)):
+    looks = (("NVRTC", _nvrtc), ("CUDA headers", _headers), ("a kernel", _probe), ("kernel cache", _cache),
+             ("numba-cuda", _numba_cuda))  # fmt: skip
+    for name, look in looks:
         yield name, _attempt(look)
     why_not = toolkit.why_no_device()
     yield "CUDA driver", f"missing: {why_not}" if why_not else _attempt(_driver)
@@ -49,6 +51,12 @@ def _nvrtc() -> str:
 
 def _headers() -> str:
     return ", ".join(map(str, toolkit.include_path()))
+
+
+def _numba_cuda() -> str:
+    found = dict(linking.versions())
+    version, others = found.pop("numba-cuda"), ", ".join(f"{name} {version}" for name, version in found.items())
+    return f"{version} with {others}; for NumbaCudaExperts and own activations that are not translated"
 
 
 def _driver() -> str:

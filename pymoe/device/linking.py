@@ -6,6 +6,7 @@ Neither needs a driver or a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +18,7 @@ from typing import Any
 from pymoe.errors import BackendUnavailableError, KernelCompileError, complaint
 from pymoe.formula import ClosedFunction
 
-__all__ = ["SYMBOL", "WORD_SYMBOL", "function_ltoir", "link", "made_by"]
+__all__ = ["SYMBOL", "WORD_SYMBOL", "function_ltoir", "link", "made_by", "versions"]
 
 SYMBOL = "pymoe_closed_function"
 """The C name of the user's function."""
@@ -92,21 +93,35 @@ def made_by(function: ClosedFunction) -> tuple[Any, ...]:
     """
     package = Path(__file__).parents[1]
     sources = hashlib.sha256(b"\0".join((package / name).read_bytes() for name in _SOURCES)).hexdigest()
-    return function.digest, sources, _OPTIONS, *_versions()
+    return function.digest, sources, _OPTIONS, *versions().items(), platform.python_version()
 
 
 @lru_cache(maxsize=1)
-def _versions() -> tuple[Any, ...]:
-    """Return the versions of what compiles and links."""
+def versions() -> dict[str, str]:
+    """Return the versions of what compiles and links a function.
+
+    Raises
+    ------
+    BackendUnavailableError
+        One of them is missing.
+    """
     _require_numba_cuda()
     from cuda.bindings import nvvm
 
     try:
-        compiler = nvvm.version(), nvvm.ir_version()
+        nvvm.version()  # loads the library; it has said 2.0 for years, so that its package must tell which it is
     except Exception as error:  # the finder of libraries has several kinds, none of them documented
         raise _missing("libNVVM", error) from None
-    names = ("numba-cuda", "llvmlite")
-    return (*map(importlib.metadata.version, names), *compiler, _nvjitlink().version(), platform.python_version())
+    found = {name: importlib.metadata.version(name) for name in ("numba-cuda", "llvmlite")}
+    return found | {"libNVVM": _libnvvm(), "nvJitLink": ".".join(map(str, _nvjitlink().version()))}
+
+
+def _libnvvm() -> str:
+    """Return the version of the package that holds libNVVM."""
+    for package in ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return "of a toolkit"
 
 
 @lru_cache(maxsize=1)

@@ -117,10 +117,10 @@ def test_the_key_holds_the_function_and_what_compiles_it(monkeypatch):
     assert isinstance(kernels[0].linked, ClosedFunction) and kernels[0] == kernels[1] != kernels[2] != ALONE
     keys = [jit.cache_key(kernel, "sm_90a", (13, 0)) for kernel in kernels]
     assert keys[0] == keys[1] != keys[2]
-    versions = linking._versions()
-    for place in range(len(versions)):
-        changed = (*versions[:place], "another", *versions[place + 1 :])
-        monkeypatch.setattr(linking, "_versions", lambda changed=changed: changed)
+    versions = linking.versions()
+    assert versions.keys() == {"numba-cuda", "llvmlite", "libNVVM", "nvJitLink"}
+    for library in versions:
+        monkeypatch.setattr(linking, "versions", lambda library=library: versions | {library: "another"})
         assert jit.cache_key(kernels[0], "sm_90a", (13, 0)) != keys[0]
     monkeypatch.undo()
     monkeypatch.setattr(linking, "_OPTIONS", ("-lto",))

@@ -9,7 +9,7 @@ import pytest
 from pymoe.catalogue import all_kernels
 from pymoe.cli import commands, main, report
 from pymoe.device import arch as archs
-from pymoe.device import findings, jit, toolkit
+from pymoe.device import findings, jit, linking, toolkit
 from pymoe.device.jit import KernelId
 from pymoe.errors import BackendUnavailableError
 from tests import gpu
@@ -99,6 +99,8 @@ def test_every_item_is_told_though_another_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(findings, "_driver", lambda: "for CUDA 13.0")
     monkeypatch.setattr(findings, "_device", lambda number: f"device {number}")
     monkeypatch.setattr(toolkit, "nvrtc_archs", missing)
+    versions = {"numba-cuda": "0.30", "nvJitLink": "13.0"}
+    monkeypatch.setattr(linking, "versions", lambda: versions)
     findings.show()
     assert capsys.readouterr().out.splitlines() == [
         "NVRTC         missing: pymoe: NVRTC must be installed; got none. Install it.",
@@ -106,6 +108,7 @@ def test_every_item_is_told_though_another_fails(monkeypatch, capsys, tmp_path):
         "a kernel      missing: pymoe: NVRTC must be installed; got none. Install it.",
         "kernel cache  off, every process compiles for itself: [Errno 2] No such file or directory: '/proc/self/pymoe' "
         "(PYMOE_CACHE_DIR)",
+        "numba-cuda    0.30 with nvJitLink 13.0; for NumbaCudaExperts and own activations that are not translated",
         "CUDA driver   for CUDA 13.0",
         "GPU 0         device 0",
         "GPU 1         device 1",

@@ -20,11 +20,11 @@ KERNEL = KernelId("activation/activation.cu", "pymoe::activation_kernel")
 @pytest.fixture
 def function():
     linking.function_ltoir.cache_clear()
-    linking._versions.cache_clear()
+    linking.versions.cache_clear()
     linking._nvjitlink.cache_clear()
     yield pymoe.register_activation("test_linking_horner", horner).program
     linking.function_ltoir.cache_clear()
-    linking._versions.cache_clear()
+    linking.versions.cache_clear()
     linking._nvjitlink.cache_clear()
 
 
@@ -43,8 +43,14 @@ def test_without_numba_cuda(function, monkeypatch):
         assert "pip install 'pymoe[numba-cu13]'" in str(caught.value)
 
 
-def test_without_nvjitlink(function, monkeypatch):
+def hide_nvjitlink(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvjitlink", None)
+    if "cuda.bindings" in sys.modules:  # which knows it by name once it was loaded
+        monkeypatch.delattr(sys.modules["cuda.bindings"], "nvjitlink", raising=False)
+
+
+def test_without_nvjitlink(function, monkeypatch):
+    hide_nvjitlink(monkeypatch)
     with pytest.raises(pymoe.errors.BackendUnavailableError) as caught:
         linking.link(b"", function, "sm_90a")
     assert "nvJitLink must be installed for activations that" in str(caught.value)
@@ -53,7 +59,7 @@ def test_without_nvjitlink(function, monkeypatch):
 
 def test_other_kernels_need_neither(monkeypatch):
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    monkeypatch.setitem(sys.modules, "cuda.bindings.nvjitlink", None)
+    hide_nvjitlink(monkeypatch)
     monkeypatch.setattr(linking, "made_by", None)
     own = pymoe.register_activation("test_linking_plain", lambda gate, up: gate * up)
     for kernel in (KERNEL, with_activation(KERNEL, ActivationConfig(own))):
