@@ -36,6 +36,6 @@ h = (jax.nn.silu(gate_up[..., :I]) * gate_up[..., I:]).astype(jnp.bfloat16).asty
 expected = jnp.einsum("mj,mjki,mji->mk", weights, w2[ids].astype(jnp.float32), h)
 
 error = jnp.linalg.norm(y.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
-print(f"{type(y).__name__} {y.dtype} {y.shape}; relative difference from JAX {error:.1e}")
+print(f"{type(y).__name__} {y.dtype} {y.shape} on {y.device}; relative difference from JAX {error:.1e}")
 assert error < 5e-3, error
 assert (model(x) == x + y).all() or jax.default_backend() != "cpu"  # on a GPU y is the GPU's

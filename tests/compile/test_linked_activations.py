@@ -127,13 +127,18 @@ def test_the_key_holds_the_function_and_what_compiles_it(monkeypatch):
     assert jit.cache_key(kernels[0], "sm_90a", (13, 0)) != keys[0]
 
 
-def test_the_cache_gives_each_function_its_own_kernel(tmp_path, monkeypatch):
+def translated(c):
+    return lambda gate, up: (gate - c) * up
+
+
+@pytest.mark.parametrize("kind", [made, translated], ids=["linked", "translated"])
+def test_the_cache_gives_each_function_its_own_kernel(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("PYMOE_CACHE_DIR", str(tmp_path / "cache"))
     made_now = []
     compile_now = jit.compile_now
     monkeypatch.setattr(jit, "compile_now", lambda kernel, arch: made_now.append(kernel) or compile_now(kernel, arch))
     kernels = [
-        with_activation(ALONE, ActivationConfig(register_activation(f"test_linked_cache_{c}", made(c))))
+        with_activation(ALONE, ActivationConfig(register_activation(f"test_{kind.__name__}_cache_{c}", kind(c))))
         for c in (1.25, 1.75)
     ]
     cubins = []

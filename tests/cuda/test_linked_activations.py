@@ -98,10 +98,16 @@ def made(factor):
     return f
 
 
-def test_numbers_of_closures_are_those_of_the_registration(cuda):
+def translated(factor):
+    return lambda gate, up: (gate if gate < 5.0 else gate - 3.0) * up * factor
+
+
+@pytest.mark.parametrize("kind", [made, translated], ids=["linked", "translated"])
+def test_numbers_of_closures_are_those_of_the_registration(cuda, kind):
     x = np.float32([[1.5, 7.25, 2.0, 3.0]])
     for factor in (2.0, 3.0):
-        own = pymoe.register_activation(f"test_gpu_closure_{factor}", made(factor))
+        own = pymoe.register_activation(f"test_gpu_closure_{kind.__name__}_{factor}", kind(factor))
+        assert isinstance(own.program, ClosedFunction) == (kind is made)
         np.testing.assert_array_equal(to_host(pymoe.ops.activation(to_device(x), own)), [[3 * factor, 12.75 * factor]])
 
 

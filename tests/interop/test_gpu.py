@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -192,6 +195,15 @@ def test_the_weights_outlive_their_owner(package, cuda):
     gpu.dirty_pool(0xFF)
     assert package.bits(layer(x)) == expected
     del others
+
+
+def test_the_example_computes_on_the_gpu(package):
+    name = "pytorch_arrays.py" if isinstance(package, Torch) else "jax_arrays.py"
+    command = [sys.executable, Path(__file__).parents[2] / "examples" / name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[2],
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "on cuda:0" in done.stdout, done.stdout
 
 
 def resident_bytes():

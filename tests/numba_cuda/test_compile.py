@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed"),
 ]
 SCHEMES = ["fp8_w8a8", "fp8_w8a8_tensor", "fp8_w8a8_block", "fp8_w8a8_block_ue8m0", "int8_w8a8", "fp8_w8a16"]
+ROOT = Path(__file__).parents[2]
 STAGES = ("activation", "grouped_gemm", "permute", "quantize", "unpermute")
 
 
@@ -131,6 +134,30 @@ def test_numpy_is_left_as_it_was():
         with gpu.numpy_with_row_stack():
             assert np.row_stack is np.vstack  # noqa: NPY201
         assert not hasattr(np, "row_stack")
+
+
+WITHOUT_ROW_STACK = """
+import numpy as np
+if hasattr(np, "row_stack"):
+    del np.row_stack
+from numba import float32
+from pymoe.device import numba_gpu
+text, _ = numba_gpu.cuda.compile(lambda x: x + x, float32(float32), cc=(9, 0), output="ptx")
+assert "add.f32" in text and not hasattr(np, "row_stack")
+"""
+
+
+def test_numba_cuda_loads_under_a_numpy_without_row_stack():
+    """As NumPy 2.5 is; in a process of its own, since what is loaded stays so."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_ROW_STACK], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_shim_is_in_one_place():
+    holders = [path for path in (ROOT / "pymoe").rglob("*.py") if "row_stack" in path.read_text("utf-8")]
+    assert [path.name for path in holders] == ["numba_gpu.py"]
 
 
 def test_the_shim_of_row_stack_is_still_needed():

@@ -18,6 +18,7 @@ from tests.cuda.test_experts import on_device
 from tests.cuda.transfer import to_device, to_host
 from tests.experts.test_pairs import E as EXPERTS
 from tests.experts.test_pairs import problem
+from tests.formula import untranslated
 from tests.numba_cuda.test_simulated import ACTIVATIONS, HIDDEN, PARAMETERS, SCHEMES, bent, bent_gate
 from tests.selection import BF16, selection
 from tests.test_selection import NEARLY, kernel_for, sizes
@@ -104,7 +105,7 @@ def test_every_activation_agrees_with_the_cpu(activation):
     np.testing.assert_array_equal(y[~finite], expected[~finite])
 
 
-@pytest.mark.parametrize("fn, gated", [(bent_gate, True), (bent, False)])
+@pytest.mark.parametrize("fn, gated", [(bent_gate, True), (bent, False), (untranslated.helped, True)])
 def test_registered_activations_have_the_bits_of_the_definition(fn, gated):
     kind = pymoe.register_activation(f"gpu_{fn.__name__}", fn, gated)
     x = np.random.default_rng(1).standard_normal((50, 300)).astype(np.float32) * 4

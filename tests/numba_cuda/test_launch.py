@@ -9,7 +9,9 @@ import numba
 import numpy as np
 import pytest
 
+from pymoe import NumbaCudaExperts
 from pymoe.device import tape
+from tests.experts.test_pairs import SCHEMES, problem
 
 pytestmark = pytest.mark.skipif(bool(numba.config.ENABLE_CUDASIM), reason="the simulator queues nothing")
 
@@ -77,6 +79,19 @@ def test_a_tape_is_told_that_it_cannot_repeat_a_launch(noted, monkeypatch):
     monkeypatch.setattr(tape._thread, "recorder", recorder, raising=False)
     gpu.launch(Kernel(gpu, notes), (1,), 32)
     assert notes[0] == "refused"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes_without_a_kernel_are_refused_by_name(scheme, monkeypatch):
+    monkeypatch.setattr(NumbaCudaExperts, "_supports_current_device", staticmethod(lambda: True))
+    p = problem(scheme)
+    keys = p.quant_config.weight_key, p.quant_config.activation_key
+    form = NumbaCudaExperts.activation_format()
+    supported, reason = NumbaCudaExperts.is_supported_config(p.config(), *keys, form)
+    has = scheme == "fp32" or scheme.startswith(("fp8", "int8_w8a8"))
+    assert supported == has, reason
+    names = " x ".join("None" if key is None else key.name for key in keys)
+    assert has or reason == f"kernel does not support quant scheme {names}"
 
 
 def test_host_arrays_are_refused_before_any_work():
