@@ -276,7 +276,8 @@ class FusedMoEConfig:
     """Sizes and choices of one MoE layer, known before any token.
 
     `hidden_dim` is K, `intermediate_size_per_partition` I; `num_experts` counts the global expert space,
-    `num_local_experts` this process's.  `routed_dtype` is "float32", or None: see `rows_dtype`.
+    `num_local_experts` this process's.  `routed_dtype` is "float32", or None: see `rows_dtype`.  Without
+    `deterministic` a GPU may add a token's rows in any order.
     """
 
     num_experts: int
@@ -294,6 +295,7 @@ class FusedMoEConfig:
     max_num_tokens: int = 256
     has_bias: bool = False
     routed_dtype: Any = None
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         routed_dtype_of("FusedMoEConfig", self.routed_dtype)

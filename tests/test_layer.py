@@ -243,6 +243,9 @@ class Ranks:
         ({"transport": 1}, DTypeError, "transport must be a string"),
         ({"max_num_tokens": 0}, ArgumentError, "max_num_tokens must be at least 1"),
         ({"chunk_size": 0}, ArgumentError, "chunk_size must be at least 1"),
+        ({"deterministic": 0}, DTypeError, "deterministic must be True or False"),
+        ({"batch_invariant": "yes"}, DTypeError, "batch_invariant must be True, False or None"),
+        ({"deterministic": False, "batch_invariant": True}, ArgumentError, "batch_invariant must not be True with"),
         ({"routed_dtype": BF16}, DTypeError, "routed_dtype must be float32, or None"),
         ({"routed_dtype": "float31"}, DTypeError, "routed_dtype must be float32, or None"),
         ({"activation": "swish"}, ArgumentError, "activation must be one of"),
@@ -256,13 +259,19 @@ def test_constructor_errors(options, kind, text):
     assert text in str(caught.value)
 
 
-def test_routed_dtype_changes_nothing_on_the_cpu():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"routed_dtype": np.float32},
+        {"routed_dtype": "float32"},
+        {"deterministic": False},
+        {"deterministic": np.True_, "batch_invariant": True},
+        {"deterministic": False, "batch_invariant": False},
+    ],
+)
+def test_what_a_gpu_does_with_rows_changes_nothing_on_the_cpu(options):
     x = tokens(dtype=BF16)
-    expected = layer()(x).view(np.uint16)
-    for given in (np.float32, "float32", np.dtype("float32")):
-        one = layer(routed_dtype=given)
-        assert one.routed_dtype == np.float32
-        np.testing.assert_array_equal(one(x).view(np.uint16), expected)
+    np.testing.assert_array_equal(layer(**options)(x).view(np.uint16), layer()(x).view(np.uint16))
 
 
 def test_a_communicator_of_one_rank_is_fine():

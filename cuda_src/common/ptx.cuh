@@ -150,6 +150,22 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
     return y;
 }
 
+// Adds to global memory; subnormal numbers and sums count as 0.
+__device__ __forceinline__ void red_add_f32(float* to, float x) {
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
+}
+
+// The same of four neighbours that begin at a multiple of 16 bytes, one instruction from sm_90 on.
+__device__ __forceinline__ void red_add_f32x4(float* to, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+#else
+#pragma unroll
+    for (int i = 0; i < 4; ++i) red_add_f32(to + i, x[i]);
+#endif
+}
+
 // Lets the next kernel of the stream start (programmatic dependent launch); memory is ordered by its wait alone.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

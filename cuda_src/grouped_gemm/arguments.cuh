@@ -23,10 +23,11 @@ struct GemmArguments {
     const float* row_scale;    // (E, N) or null
     const float* bias;         // (E, N) or null
     const uint8* zero_points;  // (E, N, groups), or (E, N / 2, groups) two a byte; null: the middle of the codes
-    const int32* row_to_slot;  // (P,), or null where rows of out are not weighed
-    const float* topk_weights;  // of slots; row r of out is multiplied by that of slot row_to_slot[r]
+    const int32* row_to_slot;  // (P,), or null where rows of out are neither weighed nor added
+    const float* topk_weights;  // of slots: row r is multiplied by that of slot row_to_slot[r]; or null
     int32 K, N, width;         // width: columns of out, N or half of it
     int32 capacity, column_tiles, gather_div;
+    int32 slots_of_token;      // 0; else row r is added to row row_to_slot[r] / slots_of_token of out, which is float32
     int32 group, groups, scale_rows, scale_lines;  // scale_lines: ceil(N / scale_rows)
     float inverse_group;       // 1 / group
     int32 scales_before_sum;   // whether group scales multiply weights and activations, not partial sums

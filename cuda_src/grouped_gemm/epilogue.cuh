@@ -41,14 +41,33 @@ __device__ __forceinline__ void store_four(const GemmArguments& p, int32 row, in
     }
 }
 
-// What row `r` of the tile is multiplied by.
-__device__ __forceinline__ float router_weight(const GemmArguments& p, const BlockTile& tile, int32 r) {
-    if (!p.topk_weights || r >= tile.rows) return 1.0f;
-    return __ldg(p.topk_weights + __ldg(p.row_to_slot + tile.first_row + r));
+// The order of such sums is that of the blocks' ends: the caller has asked for it.
+__device__ __forceinline__ void add_four(const GemmArguments& p, int32 row, int32 column, const float (&y)[4]) {
+    float* to = static_cast<float*>(p.out) + static_cast<int64>(row) * p.width + column;
+    if (p.vector_store) {
+        ptx::red_add_f32x4(to, y);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (column + i < p.width) ptx::red_add_f32(to + i, y[i]);
+    }
+}
+
+// Which row of the answer a row of the tile is for, and what it is multiplied by.
+struct RowTerms {
+    int32 row;
+    float weight;
+};
+
+__device__ __forceinline__ RowTerms row_terms(const GemmArguments& p, int32 row, bool inside) {
+    if (!p.row_to_slot || !inside) return {row, 1.0f};
+    const int32 slot = __ldg(p.row_to_slot + row);
+    const uint32 token = p.slots_of_token ? static_cast<uint32>(slot) / static_cast<uint32>(p.slots_of_token) : row;
+    return {static_cast<int32>(token), p.topk_weights ? __ldg(p.topk_weights + slot) : 1.0f};
 }
 
 // GEMM2, and every GEMM without activation.  A thread keeps its four columns and takes every so-manieth row.  A weight is
-// two reads away: lanes read those of their warp's rows, 32 at most, beforehand, one each.
+// two reads away: lanes read the terms of their warp's rows, 32 at most, beforehand, one row each.
 template <int kColumns, int kThreads>
 __device__ __forceinline__ void store_plain(const GemmArguments& p, const BlockTile& tile, const float* sums,
                                             const int32* sources, int32 own) {
@@ -57,13 +76,15 @@ __device__ __forceinline__ void store_plain(const GemmArguments& p, const BlockT
     const int32 thread = ptx::afresh(own);                  // sm_90a has no registers to keep these numbers in
     const int32 quad = thread % kQuads, column = tile.column_tile * kColumns + 4 * quad;
     const int32 lane = thread % 32, among = lane / kQuads, base = thread / kQuads - among;
-    const float weights = router_weight(p, tile, base + lane / kAtOnce * kStep + lane % kAtOnce);
+    const int32 known = base + lane / kAtOnce * kStep + lane % kAtOnce;
+    const RowTerms own_row = row_terms(p, tile.first_row + known, known < tile.rows);
     ColumnTerms terms[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) terms[i] = column_terms(p, tile.expert, column + i);
     for (int32 step = 0; base + step * kStep < tile.rows; ++step) {
         const int32 r = base + step * kStep + among;
-        const float weight = __shfl_sync(0xffffffffu, weights, step * kAtOnce + among);
+        const float weight = __shfl_sync(0xffffffffu, own_row.weight, step * kAtOnce + among);
+        const int32 row = __shfl_sync(0xffffffffu, own_row.row, step * kAtOnce + among);
         if (r >= tile.rows || column >= p.width) continue;
         const float scale = row_factor(p, sources ? sources[r] : 0);
         const float4 sum = *reinterpret_cast<const float4*>(sums + r * sums_pitch(kColumns) + 4 * quad);
@@ -71,7 +92,11 @@ __device__ __forceinline__ void store_plain(const GemmArguments& p, const BlockT
                             __fmul_rn(finish_sum(sum.y, scale, terms[1]), weight),
                             __fmul_rn(finish_sum(sum.z, scale, terms[2]), weight),
                             __fmul_rn(finish_sum(sum.w, scale, terms[3]), weight)};
-        store_four(p, tile.first_row + r, column, y);
+        if (p.slots_of_token) {
+            add_four(p, row, column, y);
+        } else {
+            store_four(p, row, column, y);
+        }
     }
 }
 

@@ -19,4 +19,21 @@ __global__ void unpermute_kernel(Out* out, const Elem* rows, const float* weight
     store_rounded(out + token * K + column, total);
 }
 
+// Where rows are added to their tokens in any order, nothing is left but to zero the sums before, and to round them
+// after.  A thread takes COUNT of `size` numbers; arrays are aligned to as many elements.
+template <int COUNT>
+__global__ void zero_sums_kernel(float* sums, int64 size) {
+    const int64 first = (static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x) * COUNT;
+    const float zeros[COUNT] = {};
+    if (first < size) store_rounded(sums + first, zeros);
+}
+
+template <typename Out, int COUNT>
+__global__ void round_sums_kernel(Out* out, const float* sums, int64 size) {
+    const int64 first = (static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x) * COUNT;
+    if (first >= size) return;
+    const auto part = *reinterpret_cast<const Pack<float, COUNT>*>(sums + first);
+    store_rounded(out + first, part.at);
+}
+
 }  // namespace pymoe

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymoe.activations import ActivationConfig
+from pymoe.config import FusedMoEConfig
 from pymoe.contracts import ExpertTokensMetadata, FusedMoEActivationFormat, FusedMoEExpertsModular, TopKWeightAndReduce
 from pymoe.contracts.experts import Activation
 from pymoe.device.arena import Arena, Arenas, padded
@@ -32,7 +33,7 @@ class CudaGroupedExperts(CudaAbilities, FusedMoEExpertsModular):
 
     Routed rows are weighed in float32, rounded once to the hidden dtype (or kept, with ``routed_dtype``), and summed in
     slot order in float32, so that nothing is left to finalize.  A row's bits depend neither on the other rows nor on
-    the tiles that its expert's rows fall into.
+    the tiles that its expert's rows fall into.  Without ``deterministic`` GEMM2 adds them in any order, in float32.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,10 +63,10 @@ class CudaGroupedExperts(CudaAbilities, FusedMoEExpertsModular):
         expert_tokens_meta: ExpertTokensMetadata | None,
         activation: Activation | ActivationConfig,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Workspace13 holds the intermediate, workspace2 the row map and the routed rows, both in bytes."""
+        """Workspace13 holds the intermediate, workspace2 the row map and the routed rows or sums, both in bytes."""
         width = self.adjust_N_for_activation(N, activation)
         intermediate = intermediate_bytes(M * topk, width, self.quant_config, self.moe_config.in_dtype)
-        rows = row_bytes(M, K, topk, local_num_experts, global_num_experts, self.moe_config.rows_dtype)
+        rows = row_bytes(M, K, topk, local_num_experts, global_num_experts, self.moe_config)
         return (intermediate,), (rows,), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> TopKWeightAndReduce:
@@ -95,7 +96,7 @@ class CudaGroupedExperts(CudaAbilities, FusedMoEExpertsModular):
             a1q_scale,
             Routing(topk_ids, None if apply_router_weight_on_input else topk_weights, expert_map, global_num_experts),
             output,
-            self.moe_config.rows_dtype,
+            self.moe_config,
             (self._arenas.of(workspace13), self._arenas.of(workspace2)),
         )
 
@@ -106,12 +107,12 @@ def grouped_experts(
     a_scale: Array | None,
     routing: Routing,
     output: Array,
-    rows_dtype: np.dtype,
+    config: FusedMoEConfig,
     arenas: tuple[Arena, Arena],
 ) -> None:
     """Queue all stages between prepared tokens `a` and `output` (M, K).
 
-    `rows_dtype` is what weighed rows are rounded to; `arenas` are those of the intermediate and of the routed rows.
+    `config` says what becomes of weighed rows; `arenas` are those of the intermediate and of the routed rows.
     """
     from pymoe.ops.grouped_gemm import _cuda as gemm
     from pymoe.ops.permute import _cuda as sort
@@ -123,30 +124,46 @@ def grouped_experts(
     tile_rows = gemm.choose_tile_rows(M, topk, E_local, routing.num_experts)
     rows_together = gemm.tile_rows_together(a, weights.w1, tile_rows)
     row_map = sort.permute(routing.topk_ids, E_local, routing.expert_map, rows_together or tile_rows, empty=rows.empty)
-    routed = rows.empty((M * topk, K), rows_dtype)
+    combined = rows.empty(*_combined(M, K, topk, config))
     source: tuple[Array, int] | None = (row_map.row_to_slot, topk)
     if rows_together is not None:
         # In the memory of the routed rows: GEMM2, which writes them, follows GEMM1, which reads these.
-        together = routed.reshape(-1).view(a.dtype)[: routed.size].reshape(routed.shape)
+        together = combined.reshape(-1).view(a.dtype)[: M * topk * K].reshape(M * topk, K)
         sort.scatter_rows(a, row_map.slot_to_row, together)
         a, source = together, None
+    added = not config.deterministic
+    if added:
+        combined = output if output.dtype == np.float32 else combined[:M]
+    weighed = gemm.Routed(row_map.row_to_slot, routing.topk_weights, topk if added else 0)
     weights.routed_rows(
         a,
         a_scale,
         row_map,
-        routed,
+        combined,
         source=source,
         live_rows=None if weights.quant_config.activation_key is None else row_map.expert_offsets[E_local:],
-        routed=None if routing.topk_weights is None else gemm.Routed(row_map.row_to_slot, routing.topk_weights),
+        routed=weighed,
         empty=intermediate.empty,
     )
-    gather.unpermute(routed, row_map.slot_to_row, None, output)
+    if not added:
+        gather.unpermute(combined, row_map.slot_to_row, None, output)
+    elif combined is not output:
+        gather.round_sums(combined, output)
 
 
-def row_bytes(M: int, K: int, topk: int, E_local: int, num_experts: int, rows_dtype: np.dtype) -> int:
-    """Return the most bytes of the row map and the routed rows of M tokens: larger tiles take fewer."""
+def _combined(M: int, K: int, topk: int, config: FusedMoEConfig) -> tuple[tuple[int, int], np.dtype]:
+    """Return shape and dtype of the memory of the routed rows, or of their sums."""
+    if config.deterministic:
+        return (M * topk, K), config.rows_dtype
+    # The tokens that are copied together for the kernel of sm_90a lie there before.
+    copied = -(-M * topk * np.dtype(config.in_dtype).itemsize // 4)
+    return (max(M, copied), K), np.dtype("float32")
+
+
+def row_bytes(M: int, K: int, topk: int, E_local: int, num_experts: int, config: FusedMoEConfig) -> int:
+    """Return the most bytes of the row map and the routed rows, or their sums, of M tokens: larger tiles take fewer."""
     from pymoe.ops.grouped_gemm import _cuda_instances as gemm
     from pymoe.ops.permute import _cuda as sort
 
     tile_rows = gemm.choose_tile_rows(M, topk, E_local, num_experts)
-    return sort.scratch_bytes(M, topk, E_local, tile_rows) + padded((M * topk, K), rows_dtype)
+    return sort.scratch_bytes(M, topk, E_local, tile_rows) + padded(*_combined(M, K, topk, config))

@@ -46,8 +46,8 @@ class CudaMonolithicExperts(CudaAbilities, RoutingExperts):
         M, topk = routed[0].shape
         if M == 0:
             return output
-        width, rows_dtype = weights.activation.width(w1.shape[1]), self.moe_config.rows_dtype
-        rows = row_bytes(M, w2.shape[1], topk, w1.shape[0], num_experts, rows_dtype)
+        width = weights.activation.width(w1.shape[1])
+        rows = row_bytes(M, w2.shape[1], topk, w1.shape[0], num_experts, self.moe_config)
         with self._workspaces.current() as workspace:
             arrays = workspace.arrays(
                 plan_workspace(
@@ -61,5 +61,5 @@ class CudaMonolithicExperts(CudaAbilities, RoutingExperts):
             )
             arenas = self._arenas.of(arrays["intermediate"]), self._arenas.of(arrays["rows"])
             routing = Routing(*routed, expert_map, num_experts)
-            grouped_experts(weights, a1, a1q_scale, routing, output, rows_dtype, arenas)
+            grouped_experts(weights, a1, a1q_scale, routing, output, self.moe_config, arenas)
         return output

@@ -93,6 +93,8 @@ class CudaExpertWeights:
     ) -> None:
         """Write GEMM2's rows to `out`, (P, K) of any hidden dtype, for the rows that the work list names.
 
+        Or, where `routed` says so, their sums by token, (M, K) float32.
+
         Parameters
         ----------
         a : cupy.ndarray, (rows, K)
@@ -104,15 +106,17 @@ class CudaExpertWeights:
         live_rows : cupy.ndarray, (n,), int32, optional
             How many rows at the front of each of n equal slabs are live; the others are not quantized.
         routed : Routed, optional
-            The weights that multiply rows in float32 before they are rounded.
+            The weights that multiply rows in float32 before they are rounded, or added to tokens' rows of `out`.
         empty : callable
             Gives the scratch memory, `intermediate_bytes` in all.
         """
         from pymoe.ops.grouped_gemm import _cuda as gemm
+        from pymoe.ops.unpermute import _cuda as unpermute
 
         key = self.quant_config.activation_key
         width = self.activation.width(self.w1.codes.shape[1])
-        h = empty((out.shape[0], width), np.dtype("float32") if key is not None else self.hidden_dtype)
+        P = out.shape[0] if routed is None else routed.row_to_slot.shape[0]
+        h = empty((P, width), np.dtype("float32") if key is not None else self.hidden_dtype)
         gather, div = (None, 1) if source is None else source
         gemm.grouped_gemm(
             a, self.w1, rows, gather=gather, gather_div=div, a_scale=a_scale, a_key=key, activation=self.activation,
@@ -121,6 +125,8 @@ class CudaExpertWeights:
         scale = None
         if key is not None:
             h, scale = quantize_activations(h, self.quant_config, "a2", live_rows=live_rows, empty=empty)
+        if routed is not None and routed.adds_to_tokens:
+            unpermute.zero_sums(out)
         gemm.grouped_gemm(h, self.w2, rows, a_scale=scale, a_key=key, routed=routed, out=out)
 
 

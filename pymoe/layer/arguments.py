@@ -27,6 +27,18 @@ def most_tokens(call: str, max_num_tokens: Any) -> int | None:
     return None if max_num_tokens is None else checks.integer(call, "max_num_tokens", max_num_tokens, 1)
 
 
+def deterministic_of(call: str, deterministic: Any, batch_invariant: Any) -> bool:
+    """Return whether sums keep their order, or refuse what is no flag, or two flags that cannot both hold."""
+    if not isinstance(deterministic, bool | np.bool_):
+        raise DTypeError(complaint(call, "deterministic", "be True or False", repr(deterministic)))
+    if batch_invariant is not None and not isinstance(batch_invariant, bool | np.bool_):
+        raise DTypeError(complaint(call, "batch_invariant", "be True, False or None", repr(batch_invariant)))
+    if batch_invariant and not deterministic:
+        rule = "not be True with deterministic=False, whose sums have no order"
+        raise ArgumentError(complaint(call, "batch_invariant", rule, batch_invariant))
+    return bool(deterministic)
+
+
 def topk_of(call: str, topk: Any, num_experts: int) -> int:
     """Return topk as int, or refuse it."""
     topk = checks.integer(call, "topk", topk, 1)

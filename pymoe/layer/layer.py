@@ -15,7 +15,7 @@ from pymoe.dense import Gate, SharedExperts, add_shared
 from pymoe.device.arrays import HIDDEN_DTYPES, as_array, as_given, as_it_came, device_of, is_cuda, namespace
 from pymoe.errors import ArgumentError, ClosedError, DTypeError, complaint
 from pymoe.kernel import FusedMoEKernel
-from pymoe.layer.arguments import arrays_of, gate_of, most_tokens, routing_of, settings_of, topk_of
+from pymoe.layer.arguments import arrays_of, deterministic_of, gate_of, most_tokens, routing_of, settings_of, topk_of
 from pymoe.layer.capture import CapturedCall, captured_arrays, run_once
 from pymoe.layer.plan import Plan
 from pymoe.layer.router import LayerRouter, loads
@@ -65,8 +65,11 @@ class MoELayer:
         Calls with more tokens are refused.
     chunk_size : int, optional
         Tokens that the experts see at once; default 16384.
-    deterministic, batch_invariant : bool, optional
-        Every backend is both, always.
+    deterministic : bool, optional
+        False lets a GPU add the experts' rows to their tokens in any order, in float32; last bits then differ between
+        calls.  All else is deterministic always.
+    batch_invariant : bool, optional
+        Every backend is, at no price: True and False are the same.  True is refused with ``deterministic=False``.
     routed_dtype : dtype, optional
         What a GPU rounds the experts' weighed rows to before it sums them in float32: float32, or None for the dtype of
         the tokens.  The CPU keeps them in float32 always.
@@ -135,6 +138,7 @@ class MoELayer:
             raise DTypeError(complaint(call, "shared_experts", "be callable or None", type(shared_experts).__name__))
         self.shared_experts = shared_experts
         self.max_num_tokens = most_tokens(call, max_num_tokens)
+        self.deterministic = deterministic_of(call, deterministic, batch_invariant)
         self.routed_dtype = routed_dtype_of(call, routed_dtype)
         self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
         self.dtype = self._w1.dtype if self._w1.dtype in HIDDEN_DTYPES else np.dtype("float32")

@@ -123,6 +123,7 @@ def config_of(layer: Any, dtype: Any) -> FusedMoEConfig:
         routing=layer.routing,
         has_bias=layer.quant_config.w1.bias is not None or layer.quant_config.w2.bias is not None,
         routed_dtype=layer.routed_dtype,
+        deterministic=layer.deterministic,
     )
 
 

@@ -170,17 +170,24 @@ def test_chunks_change_no_bit():
     np.testing.assert_array_equal(to_host(layer(q.x, None, q.topk_weights, q.topk_ids)), given.expected())
 
 
-def test_a_rows_bits_depend_on_no_other_row():
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "int8_w8a8", "int4_w4a16", "mxfp4_w4a16"])
+def test_a_rows_bits_depend_on_no_other_row(scheme, dtype):
     """The same tokens alone, in a crowd, and in crowds that put their experts into every class of tiles."""
     rng = np.random.default_rng(0)
-    w1 = to_device((rng.standard_normal((4, 256, 128)) / 11).astype(BF16))
-    w2 = to_device((rng.standard_normal((4, 128, 128)) / 11).astype(BF16))
-    x = rng.standard_normal((2048, 128)).astype(BF16)
+    w1 = (rng.standard_normal((4, 256, 128)) / 11).astype(dtype)
+    w2 = (rng.standard_normal((4, 128, 128)) / 11).astype(dtype)
+    options = {}
+    if scheme is not None:
+        w1, w2, config = pymoe.quantize_experts(w1.astype(np.float32), w2.astype(np.float32), scheme)
+        options = {"quant_config": to_device(config)}
+    layer = pymoe.MoELayer(to_device(w1), to_device(w2), topk=2, batch_invariant=True, **options)
+    x = rng.standard_normal((2048, 128)).astype(dtype)
     ids, weights = rng.integers(0, 4, (2048, 2)), rng.random((2048, 2)).astype(np.float32)
-    whole = to_host(pymoe.fused_experts(to_device(x), w1, w2, to_device(weights), to_device(ids)))
+    whole = to_host(layer(to_device(x), None, to_device(weights), to_device(ids)))
     for M in (1, 3, 17, 64, 129, 700, 2047):
-        y = pymoe.fused_experts(to_device(x[:M]), w1, w2, to_device(weights[:M]), to_device(ids[:M]))
-        np.testing.assert_array_equal(to_host(y).view(np.uint16), whole[:M].view(np.uint16), err_msg=f"M {M}")
+        y = to_host(layer(to_device(x[:M]), None, to_device(weights[:M]), to_device(ids[:M])))
+        np.testing.assert_array_equal(y.view(np.uint8), whole[:M].view(np.uint8), err_msg=f"M {M}")
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "fp8_w8a8", "fp8_w8a8_block", "int8_w8a8", "mxfp4"])

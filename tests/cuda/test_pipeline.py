@@ -108,10 +108,47 @@ def test_rows_are_weighed_rounded_once_and_summed_in_slot_order(dtype, routed_dt
     assert live.sum() < live.size
 
 
-@pytest.mark.parametrize("routed_dtype", [None, "float32"])
+@pytest.mark.parametrize("fill", [0xFF, 0x7F])
+@pytest.mark.parametrize("device", [emulation, sm90.emulation])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("mapped, topk", [(False, 3), (True, 3), (False, 1)])
+def test_rows_added_in_any_order_are_exact_where_their_sum_is(mapped, topk, dtype, device, fill):
+    """In memory that holds anything; tokens whose experts are elsewhere are 0."""
+    given = selection(60, 64, 32, 5, topk, dtype=dtype, mapped=mapped)
+    config = FusedMoEConfig(
+        5, topk, 64, 32, given.w1.shape[0], in_dtype=given.x.dtype, device="cuda", deterministic=False
+    )
+    operands = (given.x, given.w1, given.w2, given.topk_weights, given.topk_ids, given.expert_map)
+    y = run(config, FUSED_MOE_UNQUANTIZED_CONFIG, *operands, fill=fill, device=device)
+    np.testing.assert_array_equal(y, given.expected())
+    if topk == 1:
+        y = run(config, FUSED_MOE_UNQUANTIZED_CONFIG, *operands, fill=fill, device=device, on_input=True)
+        given.topk_weights[...] = 1
+        np.testing.assert_array_equal(y, given.expected())
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "fp8_w8a8_block", "int8_w8a8_tensor", "int4_w4a16"])
+def test_a_nan_added_in_any_order_stays_in_its_row(scheme):
+    p = problem(scheme, dtype=BF16)
+    config, x = p.config(device="cuda", deterministic=False), p.x.copy()
+    clean = run(config, p.quant_config, x, p.w1, p.w2, p.scale, p.ids)
+    ordered = run(p.config(device="cuda", routed_dtype="float32"), p.quant_config, x, p.w1, p.w2, p.scale, p.ids)
+    np.testing.assert_allclose(clean.astype(np.float64), ordered.astype(np.float64), rtol=2.0**-7, atol=1e-6)
+    if scheme == "int8_w8a8_tensor":
+        return  # one scale for all rows
+    x[4, 7] = np.nan
+    y, rest = run(config, p.quant_config, x, p.w1, p.w2, p.scale, p.ids), np.arange(len(x)) != 4
+    np.testing.assert_array_equal(y[rest].view(np.uint16), clean[rest].view(np.uint16))
+    assert np.isnan(y[4].astype(np.float32)).all()
+
+
+CHOICES = {"rounded": {}, "float32": {"routed_dtype": "float32"}, "any order": {"deterministic": False}}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("dtype", [np.float16, BF16])
-def test_rounded_rows_stay_within_the_limits_of_a_fused_layer(dtype, routed_dtype):
-    """Bfloat16 rows give 2.9e-3 where the limit is 3.0e-3, float32 rows 2.3e-3."""
+def test_all_choices_stay_within_the_limits_of_a_fused_layer(dtype, choice):
+    """Bfloat16 rows give 2.9e-3 where the limit is 3.0e-3, float32 rows 2.3e-3, in whatever order."""
     topk, K, width, M = 8, 256, 64, 48
     rng = np.random.default_rng(0)
     x, w1, w2 = (
@@ -119,12 +156,12 @@ def test_rounded_rows_stay_within_the_limits_of_a_fused_layer(dtype, routed_dtyp
         for shape, size in (((M, K), 1), ((topk, 2 * width, K), K), ((topk, K, width), width))
     )
     weights, ids = rng.random((M, topk), np.float32), np.tile(np.arange(topk, dtype=np.int32), (M, 1))
-    config = FusedMoEConfig(topk, topk, K, width, topk, in_dtype=x.dtype, device="cuda", routed_dtype=routed_dtype)
+    config = FusedMoEConfig(topk, topk, K, width, topk, in_dtype=x.dtype, device="cuda", **CHOICES[choice])
     y = run(config, FUSED_MOE_UNQUANTIZED_CONFIG, x, w1, w2, weights, ids)
     expected = oracle.layer(x, w1, w2, weights, ids)
     tolerance.assert_fused(y, expected, K, width)
     error = tolerance.errors(y, expected, y.dtype.name).frobenius / (2**8 * tolerance.UNIT[y.dtype.name])
-    assert 2.7e-3 < error < 3.0e-3 if routed_dtype is None else 2.2e-3 < error < 2.5e-3
+    assert 2.7e-3 < error < 3.0e-3 if choice == "rounded" else 2.2e-3 < error < 2.5e-3
 
 
 @pytest.mark.parametrize(
@@ -141,6 +178,14 @@ def test_workspaces_hold_both_matrices_and_24_bytes_a_row(M, E, topk, K, I, dtyp
         first, second, _ = experts.workspace_shapes(M, 2 * I, K, topk, E, E, None, config.activation)
         matrices = rows * I * config.in_dtype.itemsize + rows * K * config.rows_dtype.itemsize
         assert matrices <= first[0] + second[0] <= matrices + 24 * rows + (1 << 20)
+    config = dataclasses.replace(config, deterministic=False)
+    first, second, _ = CudaGroupedExperts(config, FUSED_MOE_UNQUANTIZED_CONFIG).workspace_shapes(
+        M, 2 * I, K, topk, E, E, None, config.activation
+    )
+    # Until GEMM1 has read them, tokens copied together for sm_90a lie where the sums will.
+    sums = max(M * K * 4, rows * K * config.in_dtype.itemsize)
+    matrices = rows * I * config.in_dtype.itemsize + sums
+    assert matrices <= first[0] + second[0] <= matrices + 24 * rows + (1 << 20)
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -129,6 +129,34 @@ def test_router_weights_multiply_before_the_one_rounding(device, scheme, hidden,
             np.testing.assert_array_equal(bits(y), bits(rows.astype(dtype)))
 
 
+@pytest.mark.parametrize("tile_rows", TILE_ROWS)
+@pytest.mark.parametrize("dtype, N", [("float32", 36), ("float32", 33), ("bfloat16", 192), ("bfloat16", 35)])
+def test_rows_are_added_to_their_tokens(device, dtype, N, tile_rows):
+    """Sums of integers are exact in any order; a token without rows stays what it was, and so does what lies beyond."""
+    P, topk, M, rng = 160, 3, 70, np.random.default_rng(3)
+    w, a = integers((3, N, 64), 1, dtype=HIDDEN[dtype]), integers((P, 64), 2, dtype=HIDDEN[dtype])
+    offsets = np.array([0, 20, 20, 150])
+    slots = np.r_[rng.permutation(M * topk)[:150], np.full(10, -1)].astype(np.int32)
+    rows = loops(a, w, offsets)[:150]
+    for weights in (None, rng.integers(-2, 3, (M, topk)).astype(np.float32)):
+        out = np.full((M, N), 7, np.float32)
+        expected = out.copy()
+        np.add.at(
+            expected, slots[:150] // topk, rows if weights is None else rows * weights.reshape(-1, 1)[slots[:150]]
+        )
+        y = multiply(
+            device, a, WeightOperand.unquantized(w), offsets, tile_rows=tile_rows, out=sent(out, device),
+            routed=(slots, weights, topk),
+        )  # fmt: skip
+        np.testing.assert_array_equal(y, expected)
+
+
+def test_rows_are_added_in_float32_only(device):
+    operand, routed = WeightOperand.unquantized(np.zeros((2, 6, 8), np.float32)), (np.zeros(4, np.int32), None, 2)
+    with pytest.raises(DTypeError, match="out must be float32 where rows are added to their tokens'"):
+        multiply(device, np.zeros((4, 8), np.float32), operand, [0, 1, 4], out_dtype=np.float16, routed=routed)
+
+
 def test_router_weights_do_not_go_with_an_activation(device):
     operand = WeightOperand.unquantized(np.zeros((2, 6, 8), np.float32))
     routed = (np.zeros(4, np.int32), np.ones((4, 1), np.float32))

@@ -70,21 +70,24 @@ def problem(E, N, K, P, dtype, seed=0):
     return a.astype(dtype), dataclasses.replace(WeightOperand.unquantized(w.astype(dtype)), bias=bias)
 
 
-def multiply(device, a, operand, offsets, tile_rows, act=None, out_dtype=np.float32, routed=None):
-    """Return the answer, whose every byte was 0xff before."""
+def multiply(device, a, operand, offsets, tile_rows, act=None, out_dtype=np.float32, routed=None, given=None):
+    """Return the answer, which was `given` before, or whose every byte was 0xff."""
     from pymoe.ops.grouped_gemm import _cuda
 
     N = operand.codes.shape[1]
     if routed is not None:
-        routed = _cuda.Routed(*(x if device == "emulated" else devices.to_cupy(x) for x in routed))
+        is_sent = lambda x: isinstance(x, np.ndarray) and device == "cuda"  # noqa: E731
+        routed = _cuda.Routed(*(devices.to_cupy(x) if is_sent(x) else x for x in routed))
     options = {"activation": act, "routed": routed}
     shape = (len(a), N if act is None else act.width(N))
     if device == "emulated":
         out = np.full(shape[0] * shape[1] * np.dtype(out_dtype).itemsize, 0xFF, np.uint8).view(out_dtype).reshape(shape)
+        out = out if given is None else given
         with sm90.emulation():
             _cuda.grouped_gemm(a, operand, _cuda.list_tiles(offsets, len(a), tile_rows), out=out, **options)
         return out
-    a, offsets, out = devices.to_cupy(a), devices.to_cupy(offsets), gpu.filled(shape, out_dtype)
+    a, offsets = devices.to_cupy(a), devices.to_cupy(offsets)
+    out = gpu.filled(shape, out_dtype) if given is None else devices.to_cupy(given)
     sent = dataclasses.replace(operand, codes=devices.to_cupy(operand.codes), bias=devices.to_cupy(operand.bias))
     _cuda.grouped_gemm(a, sent, _cuda.list_tiles(offsets, len(a), tile_rows), out=out, **options)
     return out.get()
@@ -139,6 +142,25 @@ def test_router_weights(device, dtype, routing):
     for tile_rows in (16, 64, 128):
         y = multiply(device, a, operand, offsets, tile_rows, None, DTYPES[dtype], (slots, weights))
         np.testing.assert_array_equal(bits(y[live]), bits(rows.astype(DTYPES[dtype])))
+
+
+def test_rows_are_added_to_their_tokens(device):
+    """Sums of integers are exact in any order; what was in the answer stays in it."""
+    topk, M, rng = 3, 150, np.random.default_rng(4)
+    a, w = rng.integers(-3, 4, (400, 400)), rng.integers(-3, 4, (2, 400, 400))
+    operand = WeightOperand.unquantized(w.astype(np.float16), np.zeros((2, 400), np.float32))
+    offsets = np.array([0, 130, 390], np.int32)
+    slots = np.r_[rng.permutation(M * topk)[:390], np.full(10, -1)].astype(np.int32)
+    rows = np.concatenate([a[:130] @ w[0].T, a[130:390] @ w[1].T])
+    expected = np.full((M, 400), 7)
+    np.add.at(expected, slots[:390] // topk, 2 * rows)
+    weights = np.full((M, topk), 2, np.float32)
+    for tile_rows in (64, 128):
+        out = np.full((M, 400), 7, np.float32)
+        y = multiply(
+            device, a.astype(np.float16), operand, offsets, tile_rows, None, np.float32, (slots, weights, topk), out
+        )
+        np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize("N, K", [(1, 8), (8, 64), (190, 72), (192, 1024), (386, 584)])

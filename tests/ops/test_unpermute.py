@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import tempfile
@@ -16,7 +17,7 @@ from pymoe.errors import ArgumentError, DTypeError, ShapeError
 from pymoe.ops.permute import permute
 from pymoe.ops.permute import permute_rows as rows_stage
 from pymoe.ops.unpermute import unpermute as unpermute_stage
-from tests.ops.devices import HOST, PORTABLE, staged
+from tests.ops.devices import DEVICES, HOST, PORTABLE, emulation, from_cupy, staged, to_cupy
 
 unpermute = staged(unpermute_stage)
 
@@ -312,3 +313,27 @@ def test_examples_in_the_docstrings():
     found = doctest.testmod(importlib.import_module("pymoe.ops.unpermute"))
     assert found.attempted
     assert not found.failed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size, shift", [(1, 0), (1023, 0), (1024, 0), (2052, 0), (1024, 1)])
+def test_sums_that_began_as_zeros_are_rounded(device, size, shift):
+    """Only theirs is written, in pieces of four numbers or, where those do not fit, one by one."""
+    from pymoe.ops.unpermute import _cuda
+
+    sums = np.random.default_rng(0).standard_normal(size + 8).astype(np.float32)
+    sums[:8] = (np.inf, -np.inf, 1e30, 1 + 2.0**-8, 1 + 3 * 2.0**-8, -0.0, 2.0**-140, 7)
+    send, fetch = (to_cupy, from_cupy) if device == "cuda" else (np.copy, np.asarray)
+    part = slice(shift, shift + size)
+    with contextlib.nullcontext() if device == "cuda" else emulation():
+        for dtype in (np.float16, BF16):
+            out, given = send(np.full(size + 8, 7, dtype)), send(sums)
+            _cuda.round_sums(given[part], out[part])
+            expected = np.full(size + 8, 7, dtype)
+            with np.errstate(over="ignore"):
+                expected[part] = sums[part].astype(dtype)
+            np.testing.assert_array_equal(fetch(out).view(np.uint16), expected.view(np.uint16))
+            _cuda.zero_sums(given[part])
+            expected = sums.copy()
+            expected[part] = 0
+            np.testing.assert_array_equal(fetch(given).view(np.uint32), expected.view(np.uint32))

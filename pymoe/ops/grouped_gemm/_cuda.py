@@ -59,10 +59,21 @@ class TileList(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What the router says of rows: the slot of each, (P,) int32, and the weight of each slot, (M, topk) float32."""
+    """What the router says of rows.
+
+    Attributes
+    ----------
+    row_to_slot : (P,) int32
+        The slot of each row.
+    topk_weights : (M, topk) float32, optional
+        What the row of each slot is multiplied by.
+    adds_to_tokens : int
+        0, or topk: rows are added to those of their tokens, in any order, in float32.
+    """
 
     row_to_slot: Array
-    topk_weights: Array
+    topk_weights: Array | None = None
+    adds_to_tokens: int = 0
 
 
 def kernels(arch: str) -> tuple[KernelId, ...]:
@@ -167,7 +178,8 @@ def grouped_gemm(
     routed : Routed, optional
         Multiply each row by its router weight, after scales and bias; not together with `activation`.
     out : cupy.ndarray, (P, width), float32, float16 or bfloat16
-        Written in the rows that the work list names, and returned; one rounding.
+        Written in the rows that the work list names, and returned; one rounding.  (M, width) float32 where rows are
+        added to their tokens'.
 
     Raises
     ------
@@ -177,6 +189,8 @@ def grouped_gemm(
     E, N = w.codes.shape[:2]
     if routed is not None and activation is not None:
         raise ArgumentError(complaint(_CALL, "routed", "be None where an activation follows", "router weights"))
+    if routed is not None and routed.adds_to_tokens and out.dtype != np.float32:
+        raise DTypeError(complaint(_CALL, "out", "be float32 where rows are added to their tokens'", out.dtype))
     width = N if activation is None else activation.width(N)
     operands, a_fields = _operands(a, w, a_key, a_scale)
     _check_output(out, width, w, (E, N))
@@ -193,6 +207,7 @@ def grouped_gemm(
     parts = 1 if instance.mapped else rows.tile_rows // instance.rows
     sizes = arguments.Sizes(
         operands.K, N, width, rows.tiles.shape[0], column_tiles, gather_div,
+        0 if routed is None else routed.adds_to_tokens,
         *_group_sizes(w, operands, a_key), _stores_four(out, width), int(activation is not None), parts, *a_fields,
         SCALES[operands.scale], FORMATS[operands.a], FORMATS[operands.b],
         FORMATS[_FLOATS[out.dtype]],
@@ -200,7 +215,7 @@ def grouped_gemm(
     pointers = arguments.Pointers(
         address(a), address(codes), address(out), address(rows.tiles), address(rows.tile_count), _pointer(gather),
         _pointer(a_scale), _pointer(w.group_scale), _pointer(w.row_scale), _pointer(w.bias), _pointer(w.zp),
-        *((0, 0) if routed is None else (address(routed.row_to_slot), address(routed.topk_weights))),
+        *((0, 0) if routed is None else (address(routed.row_to_slot), _pointer(routed.topk_weights))),
     )  # fmt: skip
     blocks = sizes.capacity * parts * column_tiles
     if blocks >= 2**30:

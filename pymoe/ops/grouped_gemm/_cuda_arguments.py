@@ -42,6 +42,7 @@ class Sizes(NamedTuple):
     capacity: int
     column_tiles: int
     gather_div: int
+    slots_of_token: int
     group: int
     groups: int
     scale_rows: int
@@ -59,7 +60,7 @@ class Sizes(NamedTuple):
     out_format: int
 
 
-_LAYOUT = struct.Struct("<13Q10if12i5f")
+_LAYOUT = struct.Struct("<13Q11if12i5f4x")  # as long as a multiple of a pointer
 NBYTES = _LAYOUT.size
 _VOID = np.dtype(f"V{NBYTES}")
 

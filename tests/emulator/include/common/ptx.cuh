@@ -26,6 +26,12 @@ inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? copysignf(0, x
 inline float rcp_approx(float x) { return estimate(1.0 / double(flushed(x)), x); }
 inline float rsqrt_approx(float x) { return estimate(1.0 / std::sqrt(double(flushed(x))), x); }
 
+inline void red_add_f32(float* to, float x) { *to = flushed(flushed(*to) + flushed(x)); }
+inline void red_add_f32x4(float* to, const float (&x)[4]) {
+    if (reinterpret_cast<uintptr_t>(to) % 16) emulator::fail("an addition out of line");
+    for (int i = 0; i < 4; ++i) red_add_f32(to + i, x[i]);
+}
+
 // Copies arrive when they are waited for, not before: what is read too early is what was there.
 struct Copy {
     unsigned char* to;
