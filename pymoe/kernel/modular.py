@@ -230,12 +230,15 @@ class FusedMoEKernelModularImpl:
         return fused_out
 
     def _writes_output(self, output: Array) -> bool:
-        """Whether the experts' own output is already the caller's: nothing to reduce, nothing travels, same dtype."""
+        """Whether the experts' own output is already the caller's."""
+        return self._leaves_nothing(output.dtype) and output.flags.c_contiguous
+
+    def _leaves_nothing(self, out_dtype: Any) -> bool:
+        """Whether nothing is left to finalize: nothing to reduce, nothing travels, same dtype."""
         return (
             self.prepare_finalize.keeps_tokens_in_place()
             and isinstance(self.fused_experts.finalize_weight_and_reduce_impl(), TopKWeightAndReduceNoOP)
-            and output.dtype == self.fused_experts.routed_dtype(output.dtype)
-            and output.flags.c_contiguous
+            and np.dtype(out_dtype) == self.fused_experts.routed_dtype(out_dtype)
         )
 
     def _finalize(
@@ -268,7 +271,10 @@ class FusedMoEKernelModularImpl:
         return output if self.shared_experts is None else (shared, output)
 
     def workspace_bytes(self, M: int, out_dtype: Any) -> int:
-        """Return the bytes of workspaces and unreduced output that a call with M tokens takes at most."""
+        """Return the bytes of workspaces and unreduced output that a call with M tokens takes at most.
+
+        An answer that is created, or C-contiguous, is no unreduced output where nothing is left to finalize.
+        """
         config = self.fused_experts.moe_config
         chunks, chunk = self._chunk_info(M)
         if chunks == 0:
@@ -281,6 +287,7 @@ class FusedMoEKernelModularImpl:
         shapes = [self.fused_experts.workspace_shapes(m, *arguments) for m in lengths]
         bytes13, bytes2 = (max(size_of(shape[i]) for shape in shapes) * item for i in (0, 1))
         bytes_out = size_of(self.fused_experts.workspace_shapes(M, *arguments)[2]) * routed
+        bytes_out = 0 if self._leaves_nothing(out_dtype) else bytes_out
         if config.device != "cpu":
             return sum(padded((size,), np.uint8) for size in (bytes13, bytes2, bytes_out))
         return bytes2 + (bytes13 + bytes_out if chunks > 1 else max(bytes13, bytes_out))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -171,21 +169,18 @@ def test_all_choices_stay_within_the_limits_of_a_fused_layer(dtype, choice):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32])
 def test_workspaces_hold_both_matrices_and_24_bytes_a_row(M, E, topk, K, I, dtype):
-    config = FusedMoEConfig(E, topk, K, I, E, in_dtype=np.dtype(dtype), device="cuda")
-    for routed_dtype in (None, "float32"):
-        config = dataclasses.replace(config, routed_dtype=routed_dtype)
-        experts, rows = CudaGroupedExperts(config, FUSED_MOE_UNQUANTIZED_CONFIG), M * topk
-        first, second, _ = experts.workspace_shapes(M, 2 * I, K, topk, E, E, None, config.activation)
-        matrices = rows * I * config.in_dtype.itemsize + rows * K * config.rows_dtype.itemsize
-        assert matrices <= first[0] + second[0] <= matrices + 24 * rows + (1 << 20)
-    config = dataclasses.replace(config, deterministic=False)
-    first, second, _ = CudaGroupedExperts(config, FUSED_MOE_UNQUANTIZED_CONFIG).workspace_shapes(
-        M, 2 * I, K, topk, E, E, None, config.activation
-    )
-    # Until GEMM1 has read them, tokens copied together for sm_90a lie where the sums will.
-    sums = max(M * K * 4, rows * K * config.in_dtype.itemsize)
-    matrices = rows * I * config.in_dtype.itemsize + sums
-    assert matrices <= first[0] + second[0] <= matrices + 24 * rows + (1 << 20)
+    rows, item = M * topk, np.dtype(dtype).itemsize
+    for options, combined in (
+        ({}, rows * K * item),
+        ({"routed_dtype": "float32"}, rows * K * 4),
+        # Until GEMM1 has read them, tokens copied together for sm_90a lie where the sums will.
+        ({"deterministic": False}, max(M * K * 4, rows * K * item)),
+    ):
+        config = FusedMoEConfig(E, topk, K, I, E, in_dtype=np.dtype(dtype), device="cuda", **options)
+        experts = CudaGroupedExperts(config, FUSED_MOE_UNQUANTIZED_CONFIG)
+        kernel = pymoe.FusedMoEKernel(pymoe.SingleProcessPrepareAndFinalize(), experts)
+        matrices = rows * I * item + combined
+        assert matrices <= kernel.workspace_bytes(M) <= matrices + 24 * rows + (1 << 20)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
