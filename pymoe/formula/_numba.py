@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
-from numba.core.errors import NumbaError
 from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic
 
@@ -130,7 +129,7 @@ def check(call: str, function: ClosedFunction, reason: str) -> None:
     compiled = njit(error_model="numpy")(function_of(function).py_func)
     try:
         compiled.compile((types.float32,) * function.arity)
-    except NumbaError as error:
+    except Exception as error:  # of Numba, which raises kinds of Python's too
         remedy = f"Numba does not compile it either: {_short(error)}"
         raise ArgumentError(f"{reason} {remedy}") from None
     result = compiled.nopython_signatures[0].return_type
@@ -141,7 +140,9 @@ def check(call: str, function: ClosedFunction, reason: str) -> None:
 
 def _short(error: Any) -> str:
     """Return the reason and the place of an error of Numba, which says much."""
-    lines = [line.strip(" >.") for line in error.msg.splitlines() if line.strip(" >.") and "Failed in" not in line]
+    text = getattr(error, "msg", str(error))
+    lines = [line.strip(" >.") for line in text.splitlines() if line.strip(" >.") and "Failed in" not in line]
     reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    place = f" at {error.loc.filename}:{error.loc.line}" if error.loc is not None else ""
+    loc = getattr(error, "loc", None)
+    place = f" at {loc.filename}:{loc.line}" if loc is not None else ""
     return f"{reason}{place}."

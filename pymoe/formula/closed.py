@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pymoe.errors import ArgumentError, complaint
+from pymoe.formula.assigned import find_unassigned
 from pymoe.formula.functions import FUNCTIONS
 from pymoe.formula.program import float32
 from pymoe.formula.source import RELOAD, NoSource, find_source, where
@@ -154,6 +155,10 @@ class _Body(ast.NodeTransformer):
                 if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
             }
             self.own |= {node.name for x in nodes for node in ast.walk(x) if isinstance(node, ast.FunctionDef)}
+        names = [argument.arg for argument in ast.walk(arguments) if isinstance(argument, ast.arg)]
+        unassigned = find_unassigned(names, body, self.turns)
+        if unassigned is not None:
+            raise self.refuse(unassigned, "assign names before use, on every path")
         if any(arguments.kw_defaults):
             raise self.refuse(arguments.kwonlyargs[0], "take no keyword-only arguments with defaults")
         arguments.defaults = []
@@ -175,6 +180,19 @@ class _Body(ast.NodeTransformer):
         line = self.fn.__code__.co_firstlineno if node is None else node.lineno
         text = ast.unparse(node).splitlines()[0] if got is None else got
         return self.closing.refusal(rule, text, where(self.fn, line))
+
+    def turns(self, node: ast.expr) -> bool:
+        """Return whether a loop over an expression is known to turn at least once."""
+        if isinstance(node, ast.Tuple | ast.List):
+            return bool(node.elts)
+        if isinstance(node, ast.Call):
+            function = self.look_up(node.func)
+            if function is range:
+                numbers: list[Any] = [x.value if isinstance(x, ast.Constant) else self.look_up(x) for x in node.args]
+                return all(isinstance(x, int) for x in numbers) and len(range(*numbers)) > 0
+            return function in (enumerate, zip, reversed) and all(map(self.turns, node.args))
+        value = self.look_up(node)
+        return isinstance(value, tuple | np.ndarray) and len(value) > 0
 
     # What stands for what
 

@@ -177,6 +177,40 @@ REFUSED = {
 }  # fmt: skip
 
 
+UNASSIGNED = [
+    "    t = [y * k for k in (1, 2)] #!\n    y = g % 2\n    return y",
+    "    while g > 1:\n        y = g\n        g = g - 1\n    return y #!",
+    "    while g > 1:\n        y += g #!\n    return g",
+    "    for k in range(int(g)):\n        y = g\n    return y #!",
+    "    for k in range(3):\n        if g > 1:\n            break\n        y = g % 2\n    return y #!",
+    "    while g > 1:\n        g -= 1\n    if g > 0:\n        y = 1.0\n    return y * g #!",
+    "    for k in range(3):\n        if g % 2 > k:\n            continue\n        y = g\n    return y #!",
+]
+ASSIGNED = [
+    "    for k in range(1, N):\n        y = g % 2\n    return y",
+    "    while True:\n        y = g\n        if y % 2 < 5:\n            break\n    return y",
+    "    for c in table:\n        if g > c:\n            y = g\n            break\n    else: y = 2\n    return y",
+    "    for k, c in enumerate(table):\n        y = g % 2 * c + k\n    return y",
+    "    if g % 2 > 1:\n        return g\n    else:\n        y = 1.0\n    return y",
+    "    def h(a):\n        b = a\n        return b\n    return h(g)",
+]
+
+
+@pytest.mark.parametrize("text", UNASSIGNED)
+def test_a_name_that_a_path_leaves_unassigned_is_refused(text):
+    """Numba would take whatever lies in a register."""
+    fn, register = registered(f"def f(g):\n{text}", gated=False)
+    with pytest.raises(pymoe.ArgumentError, match="must assign names before use, on every path") as caught:
+        register()
+    assert f"{fn.__code__.co_filename}:{line_of(text) + 1}" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ASSIGNED)
+def test_names_that_every_path_assigns_are_taken(text):
+    closed = close_function("call", defined(f"def f(g):\n{text}", N=3, table=(0.5, 1.5)), 1)
+    check("call", closed, "reason")
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_with_file_and_line(case):
     text, rule = REFUSED[case]
