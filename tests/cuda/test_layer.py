@@ -59,7 +59,7 @@ def test_gate_logits_and_topk_agree_with_each_other_and_with_the_cpu(cuda, M):
 @pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "int4_w4a16"])
 @pytest.mark.parametrize("M", [1, 40, 3000])
 def test_routed_rows_are_rounded_unless_float32_is_asked_for(cuda, scheme, M):
-    """Float32 rows are at least as near to the CPU's; both workspaces hold what they say and no more."""
+    """Float32 rows are at least as near to the unquantized answer; both workspaces hold what they say and no more."""
     x, weights = tokens(M), np.random.default_rng(M).random((M, TOPK)).astype(np.float32)
     ids = np.random.default_rng(M).integers(0, E, (M, TOPK)).astype(np.int32)
     given = (to_device(x), None, to_device(weights), to_device(ids))
@@ -75,8 +75,8 @@ def test_routed_rows_are_rounded_unless_float32_is_asked_for(cuda, scheme, M):
         with ours._kernel(BF16)[0].impl.workspaces.current() as workspace:
             rows, h_bytes = M * TOPK, 2 if scheme != "fp8_w8a8_block" else 6
             assert workspace.nbytes <= rows * (WIDTH * h_bytes + K * item) + 24 * rows + (1 << 20)
-    assert errors[4] <= 1.02 * errors[2]
-    assert M == 1 or errors[4] != errors[2]
+    assert errors[4] <= (1 if scheme is None else 1.1) * errors[2]  # quantization hides much of a rounding
+    assert errors[4] != errors[2]
 
 
 @pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "int4_w4a16", "mxfp4"])
