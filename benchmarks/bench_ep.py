@@ -31,6 +31,7 @@ ROW = 4096
 SIZES = [1 << power for power in range(12, 24)]
 LAYER = {"M": 1024, "E": 8, "topk": 2, "K": 1024, "I": 1024}
 ROUNDS = 2
+WAYS = {"": "rows in order", ", gathered": "gathered rows", ", used": "made, gathered and read"}
 
 
 def slowest(comm, work, seconds=0.2, least=5):
@@ -51,9 +52,10 @@ def slowest(comm, work, seconds=0.2, least=5):
 
 
 def transfers(comm, transport):
-    """Return {bytes a pair: seconds} of one transport and of Alltoallv, for rows in order and for gathered ones.
+    """Return {bytes a pair: seconds} of one transport and of Alltoallv, for each of `WAYS`.
 
-    A dispatch gathers its rows: that is one pass for a transport, and a pass before Alltoallv.
+    A dispatch gathers its rows: that is one pass for a transport, and a pass before Alltoallv.  "Used" rows are made
+    just before and read just after, as those of a layer are, so that each core has to fetch what the other wrote.
     """
     from mpi4py import MPI
 
@@ -78,25 +80,37 @@ def transfers(comm, transport):
         def move(order=None, counts=counts, source=source):
             transfer = group.transport.open(DISPATCH, counts, [ROW])
             transfer.send([Payload(source, order)])
-            wait = Wait(60.0)  # as a layer waits: a yield at once would give a busy core away for milliseconds
+            wait = None
             while transfer.missing() or transfer.unsettled():
+                # As a layer waits: a yield at once would give a busy core away for milliseconds.
+                wait = wait or Wait(60.0)
                 wait.pause()
+            return transfer.inbox[0]
 
         sizes = matrix[comm.rank] * ROW
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
         def alltoallv(source=source, target=target, sizes=sizes, starts=starts):
             comm.Alltoallv([source, sizes, starts, MPI.BYTE], [target, sizes, starts, MPI.BYTE])
+            return target
 
         def gathered_alltoallv(order=order, source=source, packed=packed, alltoallv=alltoallv):
             np.take(source, order, axis=0, out=packed, mode="clip")
-            alltoallv(packed)
+            return alltoallv(packed)
+
+        gathered_move = functools.partial(move, order)
+
+        def used(travel, source=source, read=np.empty_like(source)):  # noqa: B008  one for each size
+            source[...] = 1
+            np.copyto(read, travel())
 
         times[size] = {
             transport: slowest(comm, move),
             "Alltoallv": slowest(comm, alltoallv),
-            f"{transport}, gathered": slowest(comm, functools.partial(move, order)),
+            f"{transport}, gathered": slowest(comm, gathered_move),
             "Alltoallv, gathered": slowest(comm, gathered_alltoallv),
+            f"{transport}, used": slowest(comm, functools.partial(used, gathered_move)),
+            "Alltoallv, used": slowest(comm, functools.partial(used, gathered_alltoallv)),
         }
     ranks.close("bench")
     return times
@@ -246,12 +260,12 @@ def report(result):
     print(f"{result['MPI']}; {result['ranks']} ranks of {result['threads']} threads on {result['cores']} cores")
     names = ("shm", "host", "Alltoallv")
     heads = "".join(f"{name:>11}" for name in names)
-    print(f"\n{'':12} {'rows in order, us':>33} {'':>7} {'gathered rows, us':>33}")
-    print(f"{'bytes a pair':>12} {heads} {'ratio':>7} {heads} {'ratio':>7}")
+    print(f"\n{'':12}" + "".join(f" {text + ', us':>33} {'':>7}" for text in WAYS.values()))
+    print(f"{'bytes a pair':>12}" + f" {heads} {'ratio':>7}" * len(WAYS))
     ratios = {}
     for size, times in result["transfers"].items():
         line = f"{size:>12}"
-        for way in ("", ", gathered"):
+        for way in WAYS:
             ratios[int(size), way] = ratio = times[f"Alltoallv{way}"] / times[f"shm{way}"]
             line += " " + "".join(f"{1e6 * times[name + way]:11.1f}" for name in names) + f" {ratio:6.2f}x"
         print(line)
@@ -264,11 +278,11 @@ def report(result):
               f"{found['busiest_rows']} rows")  # fmt: skip
     best = min(found["layer_s"] for found in result["layer"].values()) / result["one_process_s"]
     print("\naim: shm at least 2x Alltoallv up to 1 MiB a pair")
-    for way in ("", ", gathered"):
+    for way, text in WAYS.items():
         found = {size: ratio for (size, kind), ratio in ratios.items() if kind == way and size <= 1 << 20}
         reached = [size for size, ratio in found.items() if ratio >= 2]
         extent = f"least {min(found.values()):.2f}x, most {max(found.values()):.2f}x"
-        print(f"  rows{way or ' in order'}: {extent}, at least 2x for {reached}")
+        print(f"  {text}: {extent}, at least 2x for {reached}")
     print(f"aim: layer at most 1.1x one process: {best:.3f}x")
 
 

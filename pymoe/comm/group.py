@@ -174,11 +174,12 @@ class Group:
 
     def arrive(self, transfer: Transfer, stage: str) -> None:
         """Wait until all rows of a transfer are here; stop early where a rank tells of an error."""
-        wait = Wait(self._seconds, MOVING_S)
+        wait = None
         for look in itertools.count(1):
             missing = transfer.missing()
             if not missing:
                 return
+            wait = wait or Wait(self._seconds, MOVING_S)
             if look % _LOOKS == 0:
                 self._poll(stage)
                 if self._remaining and any(words_of.code_of(words) is not Code.FINE for words in self.control.seen()):
@@ -188,8 +189,9 @@ class Group:
 
     def settle(self, transfer: Transfer, stage: str) -> None:
         """Wait until nothing that was sent needs this rank any more."""
-        wait = Wait(self._seconds, MOVING_S)
+        wait = None
         while missing := transfer.unsettled():
+            wait = wait or Wait(self._seconds, MOVING_S)
             self._poll(stage)
             self._check_deadline(wait, missing, stage)
             wait.pause()

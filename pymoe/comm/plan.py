@@ -77,6 +77,7 @@ def plan_dispatch(owner: Array, ranks: int) -> DispatchPlan:
     for slot in owner.T:
         hits[slot, tokens] = True
     destination, token = np.nonzero(hits[:ranks])
+    token = np.ascontiguousarray(token)  # NumPy's are columns of one array
     counts = np.bincount(destination, minlength=ranks).astype(np.int64)
     return DispatchPlan(token, counts, rows_of_tokens(token, M))
 

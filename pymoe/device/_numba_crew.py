@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pymoe import environment
+from pymoe.device._numba_words import I32, WORD, add, get, pause, put
 from pymoe.device.numba_cpu import jit
 
 __all__ = ["Job", "Program"]
@@ -35,12 +34,6 @@ _SPINS = 16000
 _PATIENCE = 4000
 """Looks at a counter before a waiting thread offers its core to others, who may hold the block it waits for."""
 
-_WORD = ir.IntType(64)
-_I32 = ir.IntType(32)
-_X86, _ARM = ("llvm.x86.sse2.pause", ()), ("llvm.aarch64.hint", (1,))
-_HINTS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
-"""How a core is told that a loop waits; on Arm the hint 1 is YIELD."""
-
 
 class Job(NamedTuple):
     """A kernel as `entry(start, stop, arguments)`, all addresses; that of its length, a word; and blocks of `grain`."""
@@ -51,60 +44,14 @@ class Job(NamedTuple):
     grain: int
 
 
-def _pointer(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, _WORD.as_pointer())
-
-
-@intrinsic
-def _add(typingctx: Any, address: Any, value: Any) -> Any:
-    """Add to a word, in one order for all threads, and return what it was."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _set(typingctx: Any, address: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.atomic_rmw("xchg", _pointer(builder, args[0]), args[1], "seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _get(typingctx: Any, address: Any) -> Any:
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, args[0]), "seq_cst", align=8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def _pause(typingctx: Any) -> Any:
-    """Tell the core that this is a loop that waits."""
-    hint, operands = _HINTS.get(platform.machine(), ("", ()))
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if hint:
-            kind = ir.FunctionType(ir.VoidType(), [_I32] * len(operands))
-            function = cgutils.get_or_insert_function(builder.module, kind, hint)
-            builder.call(function, [_I32(operand) for operand in operands])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
 @intrinsic
 def _call(typingctx: Any, entry: Any, start: Any, stop: Any, arguments: Any) -> Any:
     """Call the function at an address; return its status, 0 where all is well."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(_I32, [_WORD] * 3)
+        kind = ir.FunctionType(I32, [WORD] * 3)
         status = builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return builder.zext(status, _WORD)
+        return builder.zext(status, WORD)
 
     return types.int64(*[types.int64] * 4), codegen
 
@@ -112,8 +59,8 @@ def _call(typingctx: Any, entry: Any, start: Any, stop: Any, arguments: Any) -> 
 @intrinsic
 def _offer_core(typingctx: Any, function: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        with builder.if_then(builder.icmp_signed("!=", args[0], _WORD(0))):
-            kind = ir.FunctionType(_I32, [])
+        with builder.if_then(builder.icmp_signed("!=", args[0], WORD(0))):
+            kind = ir.FunctionType(I32, [])
             builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
         return context.get_dummy_value()
 
@@ -123,8 +70,8 @@ def _offer_core(typingctx: Any, function: Any) -> Any:
 @jit
 def _wait_for(address, value, yield_core):
     spins = 0
-    while _get(address) != value:
-        _pause()
+    while get(address) != value:
+        pause()
         spins += 1
         if spins % _PATIENCE == 0:
             _offer_core(yield_core)
@@ -133,37 +80,37 @@ def _wait_for(address, value, yield_core):
 @jit
 def _perform(header, yield_core):
     """Take blocks of one job after the other until none is left, each job once the one before is done."""
-    jobs, states = _get(header + 8 * _JOBS), _get(header + 8 * _STATES)
-    for number in range(_get(header + 8 * _LENGTH)):
+    jobs, states = get(header + 8 * _JOBS), get(header + 8 * _STATES)
+    for number in range(get(header + 8 * _LENGTH)):
         job, state = jobs + 8 * _JOB * number, states + 8 * _STATE * number
-        entry, arguments, grain = _get(job + 8 * _ENTRY), _get(job + 8 * _ARGUMENTS), _get(job + 8 * _GRAIN)
-        count = _get(_get(job + 8 * _COUNT))
-        start = _add(state + 8 * _NEXT, grain)
+        entry, arguments, grain = get(job + 8 * _ENTRY), get(job + 8 * _ARGUMENTS), get(job + 8 * _GRAIN)
+        count = get(get(job + 8 * _COUNT))
+        start = add(state + 8 * _NEXT, grain)
         while start < count:
             stop = min(start + grain, count)
             if _call(entry, start, stop, arguments) != 0:
-                _set(header + 8 * _FAILED, 1)
-            _add(state + 8 * _DONE, stop - start)
-            start = _add(state + 8 * _NEXT, grain)
+                put(header + 8 * _FAILED, 1)
+            add(state + 8 * _DONE, stop - start)
+            start = add(state + 8 * _NEXT, grain)
         _wait_for(state + 8 * _DONE, count, yield_core)
 
 
 @jit
 def _conduct(box, header, yield_core):
     """Run a program with whoever looks into the mailbox; return whether a kernel failed."""
-    states = _get(header + 8 * _STATES)
-    for number in range(_get(header + 8 * _LENGTH)):
-        _set(states + 8 * (_STATE * number + _NEXT), 0)
-        _set(states + 8 * (_STATE * number + _DONE), 0)
-    _set(header + 8 * _FAILED, 0)
+    states = get(header + 8 * _STATES)
+    for number in range(get(header + 8 * _LENGTH)):
+        put(states + 8 * (_STATE * number + _NEXT), 0)
+        put(states + 8 * (_STATE * number + _DONE), 0)
+    put(header + 8 * _FAILED, 0)
     if box != 0:
-        _set(box + 8 * _PROGRAM, header)
+        put(box + 8 * _PROGRAM, header)
     _perform(header, yield_core)
     if box != 0:
-        _set(box + 8 * _PROGRAM, 0)
+        put(box + 8 * _PROGRAM, 0)
         # Who is still there has nothing left to take, but may look at the program.
         _wait_for(box + 8 * _PRESENT, 0, yield_core)
-    return _get(header + 8 * _FAILED) != 0
+    return get(header + 8 * _FAILED) != 0
 
 
 @jit
@@ -171,17 +118,17 @@ def _serve(box, seen, spins, yield_core):
     """Help with programs until the mailbox has been empty for a while; return the last turn seen."""
     idle = 0
     while idle < spins:
-        if _get(box + 8 * _PROGRAM) != 0 and _get(box + 8 * _TURN) != seen:
+        if get(box + 8 * _PROGRAM) != 0 and get(box + 8 * _TURN) != seen:
             # Present first, then look again: whoever empties the mailbox afterwards waits for us.
-            _add(box + 8 * _PRESENT, 1)
-            turn, header = _get(box + 8 * _TURN), _get(box + 8 * _PROGRAM)
+            add(box + 8 * _PRESENT, 1)
+            turn, header = get(box + 8 * _TURN), get(box + 8 * _PROGRAM)
             if header != 0 and turn != seen:
                 seen = turn
                 _perform(header, yield_core)
-            _add(box + 8 * _PRESENT, -1)
+            add(box + 8 * _PRESENT, -1)
             idle = 0
         else:
-            _pause()
+            pause()
             idle += 1
     return seen
 

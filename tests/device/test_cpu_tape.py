@@ -16,7 +16,7 @@ from tests.device.forks import assert_child_succeeds
 
 numba = pytest.importorskip("numba")
 
-from pymoe.device._numba_crew import _get, _pause, _set  # noqa: E402  loads Numba
+from pymoe.device._numba_words import get, pause, put  # noqa: E402  loads Numba
 
 
 class Pair(NamedTuple):
@@ -182,8 +182,8 @@ def test_many_players_each_get_their_answer(threads):
 def test_calls_after_a_pause_wake_the_crew():
     x, y = np.ones(4096), np.empty(4096)
     tape = recorded(x, y)
-    for pause in (0, 0.001, 0.02, 0):
-        time.sleep(pause)
+    for seconds in (0, 0.001, 0.02, 0):
+        time.sleep(seconds)
         y[:] = np.nan
         assert plays(tape, [x.ctypes.data, y.ctypes.data])
         assert np.isfinite(y).all()
@@ -193,10 +193,10 @@ def test_calls_after_a_pause_wake_the_crew():
 def meet(start, stop, arrived, met):
     """Wait for the other block to have begun, a tenth of a second: two threads meet, one alone does not."""
     for i in range(start, stop):
-        _set(arrived.ctypes.data + 8 * i, 1)
+        put(arrived.ctypes.data + 8 * i, 1)
         for _ in range(10_000_000):
-            _pause()
-            if _get(arrived.ctypes.data + 8 * (1 - i)) != 0:
+            pause()
+            if get(arrived.ctypes.data + 8 * (1 - i)) != 0:
                 met[i] = 1
                 break
 

@@ -46,10 +46,18 @@ class Capabilities:
 
 
 class Payload(NamedTuple):
-    """Rows to send: row i of the plan is ``rows[order[i]]``, or ``rows[i]`` where order is None; rows (n, b) uint8."""
+    """Rows to send: row i of the plan is ``rows[order[i]]``, or ``rows[i]`` where order is None.
+
+    Rows are (n, b) uint8, order is int64; both C-contiguous.
+    """
 
     rows: Array
     order: Array | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the rows are in this process's memory."""
+        return True
 
     @property
     def ready(self) -> Array | None:

@@ -10,7 +10,7 @@ import ctypes
 import itertools
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from pymoe.comm.transports.base import (
     Payload,
     Transfer,
     Transport,
+    rank_offsets,
     ring,
 )
 from pymoe.comm.waiting import Wait
@@ -39,6 +40,10 @@ LINE = 64
 """Bytes of a cache line: what different ranks write is never in one."""
 _FOLDER = "/dev/shm"
 _ORDERED = platform.machine() in ("x86_64", "AMD64")
+_AS_THEY_LIE = np.zeros(0, np.int64)
+_BYTE = np.dtype(np.uint8)
+_LOOKS = 200
+"""At the others' words, some 10 to 40 ns each, before Python looks at anything else."""
 
 
 class SharedWindow:
@@ -65,6 +70,9 @@ class SharedWindow:
         query = self._window.Shared_query
         self.parts = [np.frombuffer(query(rank)[0], np.uint8)[:size] for rank in range(comm.Get_size())]
         self.size = size
+        self.desk = np.zeros(0, np.int64)
+        """What storing rows needs of the window, from its owner."""
+        self.desk_address = 0
         self._pinned_by: Copies | None = None
 
     def pin(self, copies: Copies) -> None:
@@ -192,6 +200,9 @@ class ShmTransport(FlatTransport):
         self._numbers = [0, 0]
         self._grown = 0
         self._copies: Copies | None = None
+        from pymoe.comm.transports import _numba_rows
+
+        self.kernels, self._desk = _numba_rows.Kernels(), _numba_rows.desk
 
     def for_device(self, copies: Copies) -> Transport:
         if self._copies is None:
@@ -224,6 +235,9 @@ class ShmTransport(FlatTransport):
         size = 1 << max(size - 1, 65535).bit_length()
         self._check_room(size * self.size)
         window = self._windows[way] = SharedWindow("MoELayer", self.comm, size, self.seconds)
+        words = [ctypes.addressof(word) for word in self.control.done[way]]
+        window.desk = self._desk(self.rank, window.parts, words)
+        window.desk_address = window.desk.ctypes.data
         if self._copies is not None:
             window.pin(self._copies)
         return window
@@ -258,56 +272,79 @@ class ShmTransport(FlatTransport):
 class ShmTransfer(Transfer):
     """Stores into the receivers' parts, then one word.
 
-    With few ranks and rows a transfer takes microseconds: it does arithmetic on Python's integers, which small arrays
-    would make slower than the copies, and makes no array that is not needed.
+    With few ranks and rows a transfer takes microseconds: rows of the host are stored by one call that Python takes no
+    part in, and nothing is made here that is not needed.
     """
 
     def __init__(
         self, transport: ShmTransport, way: int, window: SharedWindow, counts: Counts, parts: list[tuple[int, int]]
     ) -> None:
-        self._transport, self._way, self._window, self._parts = transport, way, window, parts
-        self._number = transport.number(way)
-        self._done = transport.control.done[way]
-        self._send: list[int] = counts.send.tolist()
-        self._start: list[int] = counts.start.tolist()  # type: ignore[union-attr]
-        self._receive: list[int] = counts.receive.tolist()
-        self._waits_for = [rank for rank, rows in enumerate(self._receive) if rows]
-        self._untold = self._waits_for
+        self._transport, self._window, self._counts, self._parts = transport, window, counts, parts
+        self._number, self._words = transport.number(way), transport.control.done[way]
+        self._awaited = counts.receive
+        self._looks = _LOOKS
+        self._here = False
+        self._inbox: list[Array] = []
+        self._untold: list[int] | None = None
         self._mark: Mark | None = None
-        received = sum(self._receive)
-        self.inbox = [self._rows(transport.rank, part, 0, received) for part in range(len(parts))]
 
-    def _rows(self, rank: int, part: int, start: int, rows: int) -> Array:
-        first, width = self._parts[part]
-        return np.ndarray((rows, width), np.uint8, self._window.parts[rank], first + start * width)
+    @property
+    def inbox(self) -> list[Array]:  # type: ignore[override]
+        """Rows of this rank's part; also of a transfer that sends nothing, after an error."""
+        return self._inbox or self._views(self._transport.rank, 0, sum(self._counts.receive.tolist()))
 
     def send(self, payloads: Sequence[Payload]) -> None:
+        if payloads[0].on_host:
+            self._store(payloads)
+            # Made while the word is on its way.
+            self._inbox = self.inbox
+            return
+        self._looks = 1  # there is more to do between two looks
         self._mark = self._write(payloads)
         if self._mark is None:
             self._tell()
 
+    def _views(self, rank: int, start: int, rows: int) -> list[Array]:
+        """Return rows from `start` on in the part of a rank, of each payload."""
+        views, part = [], self._window.parts[rank]
+        for first, width in self._parts:  # a comprehension would cost as much as an array
+            views.append(np.ndarray((rows, width), _BYTE, part, first + start * width))
+        return views
+
+    def _store(self, payloads: Sequence[Payload]) -> None:
+        """Store rows of the host, and say behind the last that all are stored."""
+        send, _, start, _ = self._counts
+        store, desk, left = self._transport.kernels.store, self._window.desk_address, len(payloads)
+        for (rows, order), (first, _) in zip(payloads, self._parts):  # noqa: B905  asking costs a tenth of a transfer
+            left -= 1
+            number = 0 if left else self._number
+            if not store(desk, rows, _AS_THEY_LIE if order is None else order, send, start, first, number):
+                rule = "fit the rows and the memory of their ranks"
+                raise CommError(complaint("MoELayer", "counts", rule, send.tolist()))
+
     def _write(self, payloads: Sequence[Payload]) -> Mark | None:
-        """Store all rows; return what says when they are there, if they are not yet."""
+        """Store rows of a device; return what says when they are there, if they are not yet."""
         transport, last_mark = self._transport, None
-        to = [0, *itertools.accumulate(self._send)]
+        send, starts = self._counts.send.tolist(), self._counts.start.tolist()  # type: ignore[union-attr]
+        to = [0, *itertools.accumulate(send)]
         for destination in transport.ring:
-            first, rows = to[destination], self._send[destination]
+            first, rows, start = to[destination], send[destination], starts[destination]
             if not rows:
                 continue
-            start = self._start[destination]
+            views = None if destination == transport.rank else self._views(destination, start, rows)
             for part, payload in enumerate(payloads):
-                if destination == transport.rank:
+                if views is None:
                     payload.keep(first, first + rows, self.inbox[part], start)
                     continue
                 # Copies of one device are done in their order: the last mark stands for all.
-                mark = payload.write(first, first + rows, self._rows(destination, part, start, rows))
+                mark = payload.write(first, first + rows, views[part])
                 last_mark = last_mark if mark is None else mark
         return last_mark
 
     def _tell(self) -> None:
         """Say that all rows are stored."""
         self._window.sync()
-        self._done[self._transport.rank].value = self._number
+        self._words[self._transport.rank].value = self._number
         self._window.sync()
 
     def started(self) -> bool:
@@ -317,18 +354,24 @@ class ShmTransfer(Transfer):
     def missing(self) -> list[int]:
         if self._mark is not None:
             self.unsettled()
-        if self._waits_for:
-            self._window.sync()
-            done, number = self._done, self._number
-            self._waits_for = [rank for rank in self._waits_for if done[rank].value < number]
-            self._window.sync()
-        return self._waits_for
+        if not self._here:
+            kernels, desk = self._transport.kernels, self._window.desk_address
+            self._here = kernels.all_here(desk, self._awaited, self._number, self._looks)
+        return [] if self._here else self._late(range(self._transport.size))
+
+    def _late(self, ranks: Iterable[int]) -> list[int]:
+        """Return which of some ranks have rows for this one and have not stored them."""
+        self._window.sync()
+        late = [rank for rank in ranks if self._awaited[rank] and self._words[rank].value < self._number]
+        self._window.sync()
+        return late
 
     def arrived(self) -> list[tuple[int, int]]:
-        here = [rank for rank in self._untold if rank not in self._waits_for]
-        self._untold = self._waits_for
-        first = [0, *itertools.accumulate(self._receive)]
-        return [(first[rank], first[rank + 1]) for rank in here if rank != self._transport.rank]
+        before = range(self._transport.size) if self._untold is None else self._untold
+        self._untold = self._late(before)
+        here = [rank for rank in before if rank not in self._untold and rank != self._transport.rank]
+        first = rank_offsets(self._counts.receive).tolist()
+        return [(first[rank], first[rank + 1]) for rank in here if self._awaited[rank]]
 
     def unsettled(self) -> list[int]:
         if self._mark is None:
@@ -340,5 +383,5 @@ class ShmTransfer(Transfer):
         return []
 
     def cancel(self, ranks: Sequence[int]) -> None:
-        self._waits_for = [rank for rank in self._waits_for if rank not in ranks]
-        self._untold = [rank for rank in self._untold if rank not in ranks]
+        self._awaited = self._awaited.copy()
+        self._awaited[list(ranks)] = 0

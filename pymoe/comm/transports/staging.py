@@ -30,6 +30,10 @@ class DevicePayload(Payload):
         self._copies, self._landing = copies, landing
 
     @property
+    def on_host(self) -> bool:
+        return False
+
+    @property
     def ready(self) -> Array | None:
         return None
 
