@@ -50,7 +50,8 @@ def abort_on_error() -> Iterator[None]:
         _abort(error.code if isinstance(error.code, int) else 1)
         raise
     except BaseException:
-        traceback.print_exc()
+        # At once: a launcher that ends the job drops what comes later, of other ranks that fail too.
+        sys.stderr.write(traceback.format_exc())
         _abort(1)
         raise
     finally:

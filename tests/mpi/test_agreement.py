@@ -31,6 +31,7 @@ def test_five_thousand_layers_I14(transport):
 
 
 @pytest.mark.large
-def test_more_than_two_gigabytes_to_one_rank_I4():
-    ended = run(2, "large", "host", limit=280)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_more_than_two_gigabytes_to_one_rank_I4(transport):
+    ended = run(2, "large", transport, limit=280)
     assert ended.status == 0 and "right" in ended.out, ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -52,9 +53,40 @@ def test_the_doctor_tries_the_transports(ranks):
     assert sum(line.startswith("not ") for line in lines) == 3
 
 
-def doctor(ranks):
+@pytest.mark.parametrize(
+    "asked, node_size, lines",
+    [
+        ("host", "", ["transport  host", "not shm    host is asked for"]),
+        ("shm", "", ["transport  shm"]),
+        ("hier", "2", ["transport  hier", "ranks      3 on 2 nodes", "not host   hier sends less between nodes"]),
+        ("", "2", ["transport  hier", "not shm    2 nodes by PYMOE_NODE_SIZE"]),
+        ("", "1", ["transport  host", "not hier   one rank a node"]),
+    ],
+)
+def test_a_transport_is_forced_by_a_variable(asked, node_size, lines):
+    ended = doctor(3, PYMOE_TRANSPORT=asked, PYMOE_NODE_SIZE=node_size)
+    assert ended.returncode == 0, ended.stderr
+    assert [line for line in lines if line not in ended.stdout.splitlines()] == [], ended.stdout
+
+
+@pytest.mark.parametrize(
+    "asked, text",
+    [
+        ("shm", "CommError: MoELayer: transport must be usable to be 'shm'; got 2 nodes by PYMOE_NODE_SIZE."),
+        ("local", "CommError: MoELayer: transport must be usable to be 'local'; got 3 ranks."),
+        ("pigeons", "PYMOE_TRANSPORT must be one of auto, local, shm, host, hier; got 'pigeons'"),
+    ],
+)
+def test_a_transport_that_cannot_be_used_is_refused_by_every_rank(asked, text):
+    ended = run(3, "refused", limit=100, PYMOE_TRANSPORT=asked, PYMOE_NODE_SIZE="2")
+    assert ended.status == 0, ended
+    everywhere = json.loads([line[line.index("[[") :] for line in ended.out.splitlines() if "[[" in line][-1])
+    assert len(everywhere) == 3 and all(text in error and right for error, right in everywhere), ended
+
+
+def doctor(ranks, **environment):
     """Run the command on several ranks."""
     command = [mpiexec(), "-n", str(ranks), sys.executable, "-m", "pymoe", "doctor", "--mpi"]
     folders = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | OPEN_MPI | {"PYTHONPATH": folders}
+    environment = os.environ | OPEN_MPI | {"PYTHONPATH": folders} | environment
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 from mpi4py import MPI
@@ -30,6 +31,7 @@ armed = False
 
 def fail():
     """Do what the victim does."""
+    say(f"FAULT {time.time()}")
     if fault == "raise":
         raise RuntimeError("planted")
     if fault == "leave":
