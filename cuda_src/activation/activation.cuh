@@ -122,4 +122,35 @@ __device__ __forceinline__ void activate_four(const float (&g)[4], const float (
 #endif
 }
 
+// Eight elements of an epilogue that a whole warp computes, gate(i) and up(i) of a lane: SiLU, or a user's function.
+//
+// The quotients need no branch but one for all: where any gate is far from 1, the warp computes one element after the
+// other, by way of `spare`, 512 floats of its own in shared memory.  Both ways round as IEEE 754 says.
+template <class Gate, class Up>
+__device__ __forceinline__ void activate_eight(const ActivationParameters& p, Gate gate, Up up, float* spare,
+                                               float (&y)[8]) {
+#ifdef PYMOE_OWN_ACTIVATION
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] = own_activation(gate(i), up(i));
+#else
+    constexpr uint32 kLeast = 0x21800000u, kMost = 0x5d800000u;  // 2^-60 and 2^60
+    bool near = true;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float g = limit_above(gate(i), p.limit), d = 1.0f + expf(-p.alpha * g);
+        const uint32 bits = __float_as_uint(g), above = (bits & 0x7fffffffu) - kLeast;
+        near &= d <= 0x1p60f && (above <= kMost - kLeast || bits == 0);
+        y[i] = divide_near(g, d) * (limit_both(up(i), p.limit) + p.beta);
+    }
+    if (__all_sync(0xffffffffu, near)) return;
+    float* mine = spare + threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mine[64 * i] = gate(i), mine[64 * i + 32] = up(i);
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) mine[64 * i] = swiglu(mine[64 * i], mine[64 * i + 32], p);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] = mine[64 * i];
+#endif
+}
+
 }  // namespace pymoe

@@ -24,15 +24,20 @@ __device__ __forceinline__ float divide_wide(float a, float b) {
     return static_cast<float>(fma(fma(-z, q, x), y, q) * scale);
 }
 
-__device__ __forceinline__ float divide(float a, float b) {
-    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
-    const float size_a = fabsf(a), size_b = fabsf(b);
-    if (!(size_a >= kLeast && size_a <= kMost && size_b >= kLeast && size_b <= kMost)) return divide_wide(a, b);
+// Both operands in 2^-60..2^60.
+__device__ __forceinline__ float divide_near(float a, float b) {
     float y = ptx::rcp_approx(b);
     y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
     float q = __fmul_rn(a, y);
     q = __fmaf_rn(__fmaf_rn(-b, q, a), y, q);
     return __fmaf_rn(__fmaf_rn(-b, q, a), y, q);
+}
+
+__device__ __forceinline__ float divide(float a, float b) {
+    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
+    const float size_a = fabsf(a), size_b = fabsf(b);
+    if (!(size_a >= kLeast && size_a <= kMost && size_b >= kLeast && size_b <= kMost)) return divide_wide(a, b);
+    return divide_near(a, b);
 }
 
 __device__ __forceinline__ float square_root(float x) {

@@ -2,10 +2,11 @@
 //
 // One block a multiprocessor takes one tile of kTileRows x kColumns after the other.  A thread of warpgroup 0 fills the
 // ring by tensor copies.  The other two warpgroups multiply, in turns (a tile each, so that one stores while the other
-// multiplies) or together (half a tile each).  Rows of `a` are in one piece: a gather by cp.async, in three forms, left the
-// ring half empty, and cost more than a copy of the rows beforehand.
+// multiplies) or together (half a tile each).  Two blocks are a cluster: they take neighbouring tiles, and where these
+// have the same weights each brings half of them to both.  Rows of `a` are in one piece: a gather by cp.async costs as
+// much as a copy of the rows beforehand where the answer is narrow, and more elsewhere (benchmarks/notes.md).
 #include "common/ptx_sm90.cuh"
-#include "grouped_gemm/epilogue.cuh"
+#include "grouped_gemm/sm90_epilogue.cuh"
 
 namespace pymoe {
 
@@ -16,21 +17,21 @@ struct MappedArguments {
     TensorMap rows;     // (rows, K), boxes of (64, kDepth)
 };
 
-template <Format kFormat_, bool kTurns_>
+template <Format kFormat_, bool kTurns_, bool kGated_>
 struct Sm90Instance {
     static constexpr Format kFormat = kFormat_;
-    static constexpr bool kTurns = kTurns_;
+    static constexpr bool kTurns = kTurns_, kGated = kGated_;
     // As many columns as a warpgroup's registers hold sums of: two blocks of 64 rows by 192, or one by 256.
     static constexpr int kColumns = kTurns ? 192 : 256, kStages = 4;
     static constexpr int kTileRows = 128, kDepth = 64;          // a row of a stage is 128 bytes, the span of the swizzle
     static constexpr int kBlocks = kTurns ? 2 : 1;              // of 64 rows that a warpgroup multiplies
     static constexpr int kRowsBytes = kTileRows * 128, kWeightsBytes = kColumns * 128;
     static constexpr int kStageBytes = kRowsBytes + kWeightsBytes;
-    static constexpr int kSlice = kTurns ? 64 : 32;             // columns that a warp stores at a time
-    static constexpr int kAnswersBytes = 8 * 4 * 16 * sums_pitch(kSlice);  // of eight warps
-    static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kAnswersBytes;
-    static constexpr int kReaders = kTurns ? 4 : 8;             // warps that empty one
-    static constexpr int kFillRegisters = 40, kMultiplyRegisters = 232;
+    static constexpr int kSlice = 32;                           // columns that a warp stores at a time
+    static constexpr int kSpareBytes = (kTurns ? 2048 : 4 * 16 * sums_pitch(kSlice)) + 16;  // of a warp
+    static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 8 * kSpareBytes;
+    static constexpr int kReaders = kTurns ? 8 : 16;            // warps of both blocks that empty one
+    static constexpr int kFillRegisters = 24, kMultiplyRegisters = 240;
 };
 
 // Stages and their barriers in shared memory, by the running number of a stage.
@@ -41,63 +42,92 @@ struct Stages {
     __device__ __forceinline__ uint32 rows(int32 slot) const { return base + slot * I::kStageBytes; }
     __device__ __forceinline__ uint32 weights(int32 slot) const { return rows(slot) + I::kRowsBytes; }
     __device__ __forceinline__ uint32 full(int32 slot) const {
-        return base + I::kStages * I::kStageBytes + I::kAnswersBytes + 16 * slot;
+        return base + I::kStages * I::kStageBytes + 8 * I::kSpareBytes + 16 * slot;
     }
     __device__ __forceinline__ uint32 empty(int32 slot) const { return full(slot) + 8; }
 };
 
-// A place in the ring that moves on.
+// A place in the ring, as the running number of a stage.
 template <class I>
 struct Place {
-    int32 slot = 0;
-    uint32 parity = 0;
+    uint32 number = 0;
 
-    __device__ __forceinline__ void next() {
-        if (++slot == I::kStages) slot = 0, parity ^= 1;
-    }
-    __device__ __forceinline__ void skip(int32 steps) {
-        const int32 at = slot + steps;
-        slot = at % I::kStages, parity ^= at / I::kStages & 1;
-    }
+    __device__ __forceinline__ int32 slot() const { return number % I::kStages; }
+    __device__ __forceinline__ uint32 parity() const { return number / I::kStages % 2; }
 };
 
-// The tiles of a block: every gridDim.x-th, in the order of find_tile.
+// The tiles of a block: every gridDim.x-th, in the order of find_tile.  The two blocks of a cluster have neighbours; where
+// the number of tiles is odd, the last block has its neighbour's without rows.
 struct Walk {
     int32 block;
 
     // Read again for every tile: it lies in the first-level cache, and registers are for sums.
     static __device__ __forceinline__ int32 live_tiles(const GemmArguments& p) { return min(*p.tile_count, p.capacity); }
-    __device__ __forceinline__ bool more(const GemmArguments& p) const { return block < live_tiles(p) * p.column_tiles; }
-    __device__ __forceinline__ BlockTile tile(const GemmArguments& p) const {
-        const int32 live = live_tiles(p);
-        const int32 area = kTilesAtOnce * p.column_tiles, first = block / area * kTilesAtOnce, rest = block % area;
+    __device__ __forceinline__ bool more(const GemmArguments& p) const {
+        return (block & ~1) < live_tiles(p) * p.column_tiles;
+    }
+    static __device__ __forceinline__ BlockTile tile(const GemmArguments& p, int32 block) {
+        const int32 live = live_tiles(p), at = min(block, live * p.column_tiles - 1);
+        const int32 area = kTilesAtOnce * p.column_tiles, first = at / area * kTilesAtOnce, rest = at % area;
         const int32 height = min(kTilesAtOnce, live - first);
         const int4 t = p.tiles[first + rest % height];
-        return {t.x, t.y, t.z, rest / height};
+        return {t.x, t.y, at == block ? t.z : 0, rest / height};
+    }
+    __device__ __forceinline__ BlockTile tile(const GemmArguments& p) const { return tile(p, block); }
+    __device__ __forceinline__ BlockTile neighbour(const GemmArguments& p) const { return tile(p, block ^ 1); }
+};
+
+// Brings the weights of a stage, by one thread; blocks whose tiles have the same bring each other half of them.
+template <class I>
+struct WeightCopies {
+    int32 first, expert;  // weight row of the first half
+    bool shared;
+
+    static __device__ __forceinline__ bool halves(const GemmArguments& p) {
+        return p.activated && p.activation.layout == GateLayout::kHalves;
+    }
+    __device__ __forceinline__ WeightCopies(const GemmArguments& p, const Walk& walk, const BlockTile& tile) {
+        const BlockTile other = walk.neighbour(p);
+        first = tile.column_tile * (halves(p) ? I::kColumns / 2 : I::kColumns), expert = tile.expert;
+        shared = other.expert == tile.expert && other.column_tile == tile.column_tile;
+    }
+    __device__ __forceinline__ void queue(const MappedArguments& p, uint32 weights, uint32 full, int32 k) const {
+        const int32 second = first + (halves(p.gemm) ? p.gemm.width : I::kColumns / 2);
+        if (shared) {
+            const int32 half = blockIdx.x % 2;
+            ptx::cp_async_bulk_tensor_multicast(weights + half * (I::kWeightsBytes / 2), &p.weights, full, k,
+                                                half ? second : first, expert, 3);
+        } else {
+            ptx::cp_async_bulk_tensor(weights, &p.weights, full, k, first, expert);
+            ptx::cp_async_bulk_tensor(weights + I::kWeightsBytes / 2, &p.weights, full, k, second, expert);
+        }
     }
 };
 
 // All tiles of the block, by one thread.
 template <class I>
 __device__ __forceinline__ void fill_all(const MappedArguments& p, const Stages<I>& ring) {
-    const bool halves = p.gemm.activated && p.gemm.activation.layout == GateLayout::kHalves;
     Place<I> at;
     for (Walk walk = {static_cast<int32>(blockIdx.x)}; walk.more(p.gemm); walk.block += gridDim.x) {
         const BlockTile tile = walk.tile(p.gemm);
-        const int32 n = tile.column_tile * (halves ? I::kColumns / 2 : I::kColumns);
-        const int32 second = n + (halves ? p.gemm.width : I::kColumns / 2);
+        const WeightCopies<I> copies(p.gemm, walk, tile);
         const bool both = tile.rows > 64;
-        for (int32 k = 0; k < p.gemm.K; k += I::kDepth, at.next()) {
-            const uint32 full = ring.full(at.slot), rows = ring.rows(at.slot), weights = ring.weights(at.slot);
-            ptx::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);
+        for (int32 k = 0; k < p.gemm.K; k += I::kDepth, ++at.number) {
+            const uint32 full = ring.full(at.slot()), rows = ring.rows(at.slot());
+            ptx::mbarrier_wait(ring.empty(at.slot()), at.parity() ^ 1);
             ptx::mbarrier_arrive_expect_tx(full, I::kWeightsBytes + (both ? I::kRowsBytes : I::kRowsBytes / 2));
-            ptx::cp_async_bulk_tensor(weights, &p.weights, full, k, n, tile.expert);
-            ptx::cp_async_bulk_tensor(weights + I::kWeightsBytes / 2, &p.weights, full, k, second, tile.expert);
+            copies.queue(p, ring.weights(at.slot()), full, k);
             ptx::cp_async_bulk_tensor(rows, &p.rows, full, k, tile.first_row);
             if (both)
                 ptx::cp_async_bulk_tensor(rows + I::kRowsBytes / 2, &p.rows, full, k, tile.first_row + 64);
         }
     }
+}
+
+// Gives a stage back to all that fill it, by one warp.
+__device__ __forceinline__ void give_back(uint32 empty) {
+    const uint32 block = threadIdx.x % 32;
+    if (block < 2) ptx::mbarrier_arrive_at(empty, block);
 }
 
 // Who multiplies next, where warpgroups take turns.  A wait for a stage names only the parity of its phase: a warpgroup
@@ -123,9 +153,9 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[I::kBlocks][I::kColu
     if (I::kTurns) turns.wait();
 #pragma unroll 1
     for (int32 s = 0; s < steps; ++s) {
-        ptx::mbarrier_wait(ring.full(at.slot), at.parity);
+        ptx::mbarrier_wait(ring.full(at.slot()), at.parity());
         ptx::wgmma_fence();
-        const uint64 a = operand(ring.rows(at.slot) + first * 128), b = operand(ring.weights(at.slot));
+        const uint64 a = operand(ring.rows(at.slot()) + first * 128), b = operand(ring.weights(at.slot()));
 #pragma unroll
         for (int k = 0; k < I::kDepth / 16; ++k) {
 #pragma unroll
@@ -141,12 +171,12 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[I::kBlocks][I::kColu
         ptx::wgmma_commit();
         if (I::kTurns && s + 1 == steps) turns.pass_on();
         ptx::wgmma_wait<1>();  // the stage before
-        if (s > 0 && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty(before));
-        before = at.slot;
-        at.next();
+        if (s > 0) give_back(ring.empty(before));
+        before = at.slot();
+        ++at.number;
     }
     ptx::wgmma_wait<0>();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty(before));
+    give_back(ring.empty(before));
 }
 
 // Sums of 16 rows of a warp to the epilogue's rows in shared memory: slice kSlice of them, of halves the gate's part and
@@ -165,41 +195,91 @@ __device__ __forceinline__ void spread_slice(float* sums, const float (&t)[I::kC
     }
 }
 
-// Stores 16 rows of a warp, from row `row` of the tile on, slice by slice: registers are for sums.
+template <class I, bool kHalves, int kSliceAt = 0>
+__device__ __forceinline__ void spread_one(float* sums, const float (&t)[I::kColumns / 2], int32 slice) {
+    if (slice == kSliceAt) return spread_slice<I, kHalves>(sums, t, kSliceAt);
+    if constexpr ((kSliceAt + 1) * I::kSlice < I::kColumns) spread_one<I, kHalves, kSliceAt + 1>(sums, t, slice);
+}
+
+// By way of shared memory, slice by slice, for what registers do not do: odd widths, other activations than SiLU of a
+// gate, and activated answers in another format than the operands.
 template <class I>
-__device__ __forceinline__ void store_rows(const GemmArguments& p, const BlockTile& tile, int32 row, float* sums,
-                                           const float (&t)[I::kColumns / 2]) {
-    constexpr int kSlices = I::kColumns / I::kSlice;
+__device__ __forceinline__ void store_slices(const GemmArguments& p, BlockTile part, float* answers,
+                                             const float (&t)[I::kColumns / 2]) {
     const bool halves = p.activated && p.activation.layout == GateLayout::kHalves;
-    BlockTile part = {tile.expert, tile.first_row + row, min(tile.rows - row, 16), tile.column_tile * kSlices};
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice, ++part.column_tile) {
+#pragma unroll 1
+    for (int32 slice = 0; slice < I::kColumns / I::kSlice; ++slice, ++part.column_tile) {
         if (halves) {
-            spread_slice<I, true>(sums, t, slice);
+            spread_one<I, true>(answers, t, slice);
         } else {
-            spread_slice<I, false>(sums, t, slice);
+            spread_one<I, false>(answers, t, slice);
         }
         __syncwarp();
-        store_tile<I::kSlice, 32>(p, part, sums, nullptr, threadIdx.x % 32);
+        store_tile<I::kSlice, 32>(p, part, answers, nullptr, threadIdx.x % 32);
         __syncwarp();
     }
 }
 
+// Stores 16 rows of a warp, from row `row` of the tile on.
+template <class I>
+__device__ __forceinline__ void store_rows(const GemmArguments& p, const BlockTile& tile, int32 row, float* spare,
+                                           float (&t)[I::kColumns / 2]) {
+    const bool gated = p.activated && p.activation.layout != GateLayout::kPlain;
+    const int32 column = tile.column_tile * (gated ? I::kColumns / 2 : I::kColumns), live = min(tile.rows - row, 16);
+    const WarpRows rows = {tile.expert, tile.first_row + row, live, column};
+    if constexpr (!I::kTurns) {
+        if (!is_direct<I::kFormat>(p)) {
+            const BlockTile part = {tile.expert, rows.first_row, live, tile.column_tile * (I::kColumns / I::kSlice)};
+            return store_slices<I>(p, part, spare, t);
+        }
+    }
+    add_bias<I::kColumns>(p, rows, spare, t);
+    if (I::kTurns ? I::kGated : gated) {
+        store_gated<I::kColumns, I::kFormat>(p, rows, spare, t);
+        return;
+    }
+    const int32 own = threadIdx.x % 32 / 4;  // and the eighth from there
+    const float weights[2] = {row_terms(p, rows.first_row + own, own < live).weight,
+                              row_terms(p, rows.first_row + own + 8, own + 8 < live).weight};
+    if (p.out_format == I::kFormat) {
+        store_plain_sums<I::kColumns, I::kFormat>(p, rows, weights, t);
+    } else {
+        store_plain_sums<I::kColumns, Format::kF32>(p, rows, weights, t);
+    }
+}
+
+// A warp's own part of shared memory, found anew at each use: registers are for sums.
+template <class I>
+__device__ __forceinline__ float* spare_of() {
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    const int32 warp = ptx::afresh(threadIdx.x) / 32 - 4;
+    return reinterpret_cast<float*>(shared_memory + I::kStages * I::kStageBytes + warp * I::kSpareBytes);
+}
+
+// Where a tile waits until its sums are there.
+template <class I>
+__device__ __forceinline__ int4* noted_tile() {
+    return reinterpret_cast<int4*>(spare_of<I>() + I::kSpareBytes / 4 - 4);
+}
+
 // All tiles of one of the two warpgroups that multiply.
 template <class I>
-__device__ __forceinline__ void multiply_all(const GemmArguments& p, const Stages<I>& ring, int32 group,
-                                             float* answers) {
-    const int32 steps = (p.K + I::kDepth - 1) / I::kDepth, warp = threadIdx.x % 128 / 32;
+__device__ __forceinline__ void multiply_all(const GemmArguments& p, const Stages<I>& ring, int32 group) {
+    const int32 steps = (p.K + I::kDepth - 1) / I::kDepth;
     const int32 first = I::kTurns ? 0 : 64 * group;
     Place<I> at;
     const Turns turns = {group};
     if (I::kTurns && group == 1) turns.pass_on();
-    if (I::kTurns && group == 1) at.skip(steps);
+    if (I::kTurns && group == 1) at.number += steps;
     const int32 start = blockIdx.x + (I::kTurns ? group * gridDim.x : 0);
     for (Walk walk = {start}; walk.more(p); walk.block += (I::kTurns ? 2 : 1) * gridDim.x) {
-        const BlockTile tile = walk.tile(p);
+        int32 live;
+        {
+            const BlockTile tile = walk.tile(p);
+            live = tile.rows - first;
+            if (threadIdx.x % 32 == 0) *noted_tile<I>() = {tile.expert, tile.first_row, tile.rows, tile.column_tile};
+        }
         float sums[I::kBlocks][I::kColumns / 2] = {};
-        const int32 live = tile.rows - first;
         if (I::kBlocks == 2 && live > 64) {
             multiply_tile<I, I::kBlocks>(sums, ring, at, turns, first, steps);
         } else if (I::kTurns || live > 0) {
@@ -207,21 +287,29 @@ __device__ __forceinline__ void multiply_all(const GemmArguments& p, const Stage
         } else {
             multiply_tile<I, 0>(sums, ring, at, turns, first, steps);
         }
+        __syncwarp();
+        const int4 noted = *noted_tile<I>();
+        const BlockTile tile = {noted.x, noted.y, noted.z, noted.w};
+        __syncwarp();
+#pragma unroll 1
+        for (int32 row = first + ptx::afresh(threadIdx.x) % 128 / 32 * 16; row < first + 64 * I::kBlocks; row += 64) {
+            if (row < tile.rows) store_rows<I>(p, tile, row, spare_of<I>(), sums[0]);
+            // The next block's sums to the same registers, so that its code is the same.
 #pragma unroll
-        for (int m = 0; m < I::kBlocks; ++m) {
-            const int32 row = first + 64 * m + 16 * warp;
-            if (row < tile.rows) store_rows<I>(p, tile, row, answers, sums[m]);
+            for (int i = 0; i < I::kColumns / 2; ++i) sums[0][i] = sums[I::kBlocks - 1][i];
         }
-        if (I::kTurns) at.skip(steps);  // the other's tile
+        if (I::kTurns) at.number += steps;  // the other's tile
     }
 }
 
-template <Format kFormat, bool kTurns>
-__global__ void __launch_bounds__(384, 1) grouped_gemm_sm90_kernel(const __grid_constant__ MappedArguments p) {
-    using I = Sm90Instance<kFormat, kTurns>;
+template <Format kFormat, bool kTurns, bool kGated>
+__global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
+    grouped_gemm_sm90_kernel(const __grid_constant__ MappedArguments p) {
+    using I = Sm90Instance<kFormat, kTurns, kGated>;
     extern __shared__ __align__(1024) unsigned char shared_memory[];
     const Stages<I> ring = {ptx::shared_address(shared_memory)};
     if (ptx::dynamic_shared_bytes() < I::kSharedBytes || ring.base % 1024 != 0) __trap();
+    if (kTurns && (!is_direct<kFormat>(p.gemm) || p.gemm.activated != kGated)) __trap();
     if (threadIdx.x == 0) {
         for (int32 s = 0; s < I::kStages; ++s) {
             ptx::mbarrier_init(ring.full(s), 1);
@@ -229,17 +317,19 @@ __global__ void __launch_bounds__(384, 1) grouped_gemm_sm90_kernel(const __grid_
         }
         ptx::fence_mbarrier_init();
     }
-    __syncthreads();
+    ptx::cluster_sync();
     const int32 warpgroup = threadIdx.x / 128;
     if (warpgroup == 0) {
         ptx::setmaxnreg_dec<I::kFillRegisters>();
-        if (threadIdx.x == 0) fill_all<I>(p, ring);
+        if (threadIdx.x < 32) {
+            if (ptx::elect()) fill_all<I>(p, ring);
+            __syncwarp();
+        }
     } else {
         ptx::setmaxnreg_inc<I::kMultiplyRegisters>();
-        float* answers = reinterpret_cast<float*>(shared_memory + I::kStages * I::kStageBytes) +
-                         (threadIdx.x / 32 - 4) * 16 * sums_pitch(I::kSlice);
-        multiply_all<I>(p.gemm, ring, warpgroup - 1, answers);
+        multiply_all<I>(p.gemm, ring, warpgroup - 1);
     }
+    ptx::cluster_sync();  // the other block may still write to this one
 }
 
 }  // namespace pymoe

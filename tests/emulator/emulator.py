@@ -54,22 +54,28 @@ def emulated(plan, *args):
 
 @cache
 def _folder():
-    """Return a copy of the device sources whose dynamic shared memory is a variable of the emulator."""
+    """Return a copy of the device sources whose dynamic shared memory is the emulator's."""
     folder = Path(tempfile.mkdtemp(prefix="pymoe-emulator-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path in source_folder().rglob("*.cu*"):
         target = folder / path.relative_to(source_folder())
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(re.sub(r"extern __shared__", "extern", path.read_text()))
+        target.write_text(re.sub(r"extern __shared__[^;]* shared_memory\[\];", "", path.read_text()))
     return folder
+
+
+def _cluster_blocks(kernel: KernelId) -> int:
+    """Return the blocks of a cluster along x, by the attribute that all kernels of a unit share."""
+    found = set(re.findall(r"__cluster_dims__\((\d+), 1, 1\)", (_folder() / kernel.unit).read_text()))
+    return int(found.pop()) if len(found) == 1 else 1
 
 
 @cache
 def _compiled(kernel: KernelId):
     text = f"""
+#define CLUSTER_BLOCKS {_cluster_blocks(kernel)}
 #include "cuda_shim.hpp"
-namespace pymoe {{ alignas(1024) unsigned char shared_memory[emulator::SHARED]; }}
-inline unsigned char* emulator::shared_bytes() {{ return pymoe::shared_memory; }}
+#define shared_memory emulator::shared_bytes()
 {kernel.prelude}
 #include "{kernel.unit}"
 extern "C" const char* signature() {{ return emulator::signature({kernel.expression}); }}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -64,9 +66,11 @@ def test_every_pair_has_its_kernel_in_every_tile(arch):
 @pytest.mark.parametrize("rows", [64, 128])
 def test_sm90a_multiplies_16_bit_floats_in_one_piece_its_own_way(a, rows):
     """Long sums in wider tiles; rows that lie apart, and lists for few rows, go the portable way."""
-    for K in (8, 2048, 8184, 8192, 14336):
-        instance = choose(Operands(a, a, K, scattered=False), rows, "sm_90a")
-        assert formats(instance) == f"pymoe::grouped_gemm_sm90_kernel<{a}, {str(K < 8192).lower()}>"
+    for K, activated, direct in itertools.product((8, 2048, 8184, 8192, 14336), (False, True), (False, True)):
+        instance = choose(Operands(a, a, K, scattered=False, activated=activated, direct=direct), rows, "sm_90a")
+        turns = direct and K < 8192
+        flags = ", ".join(str(flag).lower() for flag in (turns, turns and activated))
+        assert formats(instance) == f"pymoe::grouped_gemm_sm90_kernel<{a}, {flags}>"
         assert instance.mapped and instance in all_instances("sm_90a")
     known = Operands(a, a, 2048, scattered=False)
     others = [choose(known, rows, arch) for arch in ARCHS if arch != "sm_90a"]

@@ -186,6 +186,21 @@ def test_numbers_at_the_ends_of_the_format(device):
     np.testing.assert_array_equal(same[2], same[0])
 
 
+@pytest.mark.parametrize("kind", ["halves", "alternating"])
+def test_gates_whose_quotient_is_far_from_one(device, kind):
+    """Sums of +-3000, zeros, infinities, NaN: SiLU takes its long way to the bits of the portable path."""
+    dtype = ml_dtypes.bfloat16
+    a, operand = problem(3, 200, 64, 300, dtype)
+    operand = dataclasses.replace(operand, codes=(operand.codes.astype(np.float32) * 1000).astype(dtype), bias=None)
+    a[:40], a[40, 3], a[41, 5] = 0, np.inf, np.nan
+    a[50:60] = (a[50:60].astype(np.float32) * 1e-30).astype(dtype)
+    offsets, act = offsets_of("even", 3, 300), ActivationConfig("silu" if kind == "halves" else "swigluoai")
+    first, *others = (multiply(device, a, operand, offsets, rows, act, dtype) for rows in (16, 64, 128))
+    for y in others:
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(first))
+        np.testing.assert_array_equal(bits(np.nan_to_num(y)), bits(np.nan_to_num(first)))
+
+
 @pytest.mark.parametrize("kind", ["plain", "halves", "alternating"])
 @pytest.mark.parametrize("K", [200, 8200])
 def test_both_warpgroups_together(device, kind, K, monkeypatch):
@@ -205,14 +220,19 @@ def test_both_warpgroups_together(device, kind, K, monkeypatch):
 FAULTS = {
     "none": ("", ""),
     "turns are not waited for": ("{ ptx::barrier_wait(1 + group, 256); }", "{}"),
-    "a stage is multiplied before it is full": ("ptx::mbarrier_wait(ring.full(at.slot), at.parity);", ""),
-    "a stage is filled before it is empty": ("ptx::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);", ""),
+    "a stage is multiplied before it is full": ("ptx::mbarrier_wait(ring.full(at.slot()), at.parity());", ""),
+    "a stage is filled before it is empty": ("ptx::mbarrier_wait(ring.empty(at.slot()), at.parity() ^ 1);", ""),
     "a stage is given back under its multiplies": ("ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),
+    "a stage is given back to one block": ("if (block < 2) ptx::mbarrier", "if (block < 1) ptx::mbarrier"),
     "sums are stored before they are there": ("    ptx::wgmma_wait<0>();\n", "ptx::wgmma_wait<1>();\n"),
     "a short tile waits for rows that nobody copies": ("(both ? I::kRowsBytes : I::kRowsBytes / 2)", "I::kRowsBytes"),
-    "the other's stages are not skipped": ("if (I::kTurns) at.skip(steps);  // the other's tile", ""),
+    "the other's stages are not skipped": ("if (I::kTurns) at.number += steps;  // the other's tile", ""),
     "the second half of a long tile is left out": ("if (both)\n", "if (false)\n"),
     "lanes store what others have not written yet": ("        __syncwarp();\n        store_tile", "        store_tile"),
+    "the next tile is noted before all have read this one": ("noted.w};\n        __syncwarp();\n", "noted.w};\n"),
+    "weights are shared by blocks of two experts": ("shared = other.expert == tile.expert && ", "shared = "),
+    "both blocks bring the same half": ("half ? second : first", "first"),
+    "a block ends before its neighbour": ("    ptx::cluster_sync();  // the other", "    // the other"),
 }
 PROGRAM = """
 import sys
@@ -228,14 +248,16 @@ assert not old or text.count(old) == 1
 path.write_text(text.replace(old, new) if old else text)
 rng = np.random.default_rng(0)
 a, w = (rng.integers(-3, 4, shape).astype(ml_dtypes.bfloat16) for shape in ((400, 400), (2, 400, 400)))
-offsets, out = np.array([0, 130, 400], np.int32), np.full((400, 400), np.nan, np.float32)
-with sm90.emulation():
-    # With an activation: a weighed row's lanes meet for its weight, which stands in for a wait that is left out.
-    act = ActivationConfig("relu2_no_mul")
-    _cuda.grouped_gemm(a, WeightOperand.unquantized(w), _cuda.list_tiles(offsets, 400, 128), activation=act, out=out)
+offsets, weights = np.array([0, 130, 400], np.int32), WeightOperand.unquantized(w)
 wide = [x.astype(np.float32) for x in (a[:130], w[0], a[130:], w[1])]
 sums = np.concatenate([wide[0] @ wide[1].T, wide[2] @ wide[3].T])
-sys.exit(3 * (not np.array_equal(out, np.maximum(sums, 0) ** 2)))
+with sm90.emulation():
+    # From registers, in turns; and by way of shared memory, which an activation without a gate takes, together.
+    for act, expected in ((None, sums), (ActivationConfig("relu2_no_mul"), np.maximum(sums, 0) ** 2)):
+        out = np.full((400, 400), np.nan, np.float32)
+        _cuda.grouped_gemm(a, weights, _cuda.list_tiles(offsets, 400, 128), activation=act, out=out)
+        if not np.array_equal(out, expected):
+            sys.exit(3)
 """
 
 

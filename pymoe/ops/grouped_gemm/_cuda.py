@@ -200,15 +200,19 @@ def grouped_gemm(
     halves = activation is not None and fields[1] == _HALVES
     uniform = w.block[0] % 64 == 0 and (not halves or width % 64 == 0)
     a, codes = _aligned(a), _aligned(w.codes)
-    found = operands._replace(uniform=uniform, scattered=_is_scattered(a, gather))
+    four = _stores_four(out, width)
+    adds = 0 if routed is None else routed.adds_to_tokens
+    direct = bool(four) and not adds and _sm90.is_direct(fields, activation is not None, operands.a, _FLOATS[out.dtype])
+    found = operands._replace(
+        uniform=uniform, scattered=_is_scattered(a, gather), activated=activation is not None, direct=direct
+    )
     instance = choose(found, rows.tile_rows, archs.current_arch())
     # A tile of gate and up halves has half as many columns of the answer.
     column_tiles = -(-(2 * width if halves else N) // instance.columns)
     parts = 1 if instance.mapped else rows.tile_rows // instance.rows
     sizes = arguments.Sizes(
         operands.K, N, width, rows.tiles.shape[0], column_tiles, gather_div,
-        0 if routed is None else routed.adds_to_tokens,
-        *_group_sizes(w, operands, a_key), _stores_four(out, width), int(activation is not None), parts, *a_fields,
+        adds, *_group_sizes(w, operands, a_key), four, int(activation is not None), parts, *a_fields,
         SCALES[operands.scale], FORMATS[operands.a], FORMATS[operands.b],
         FORMATS[_FLOATS[out.dtype]],
     )  # fmt: skip

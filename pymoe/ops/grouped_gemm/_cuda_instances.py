@@ -49,7 +49,8 @@ class Operands(NamedTuple):
 
     `group` is 0 where no scale does; `a_groups` says whether activations have such scales too; `scale` is their format
     (F32, E8M0 or E4M3) on the weights' side; `uniform` whether any 64 neighbouring columns of a tile share them;
-    `scattered` whether rows of `a` may lie apart.
+    `scattered` whether rows of `a` may lie apart; `activated` whether the sums are; `direct` whether answers can go
+    from registers to their rows (`pymoe.ops.grouped_gemm._sm90.is_direct`).
     """
 
     a: str
@@ -60,6 +61,8 @@ class Operands(NamedTuple):
     scale: str = "F32"
     uniform: bool = False
     scattered: bool = True
+    activated: bool = False
+    direct: bool = True
 
 
 class Instance(NamedTuple):
@@ -127,7 +130,8 @@ def choose(operands: Operands, tile_rows: int, arch: str) -> Instance:
     if pair is None or not whole or operands.K > _MOST_COLUMNS:
         return _simt(operands.a == operands.b and operands.a in ("F32", "TF32"), tile_rows)
     if arch == "sm_90a" and tile_rows > 16 and not operands.scattered and _is_16_bit(pair) and operands.K:
-        return _sm90(pair.a, operands.K < _SM90_LONG)
+        turns = operands.direct and operands.K < _SM90_LONG
+        return _sm90(pair.a, turns, turns and operands.activated)
     return _tensor(pair, tile_rows, limits(arch).shared_bytes, arch)
 
 
@@ -136,7 +140,8 @@ def all_instances(arch: str) -> tuple[Instance, ...]:
     shared = limits(arch).shared_bytes
     tensor = [_tensor(pair, rows, shared, arch) for pair in _PAIRS for rows in TILE_ROWS]
     simt = [_simt(plain, rows) for plain in (False, True) for rows in TILE_ROWS]
-    sm90 = [_sm90(a, turns) for a in _FLOATS for turns in (False, True)] if arch == "sm_90a" else []
+    kinds = ((False, False), (True, False), (True, True)) if arch == "sm_90a" else ()
+    sm90 = [_sm90(a, *kind) for a in _FLOATS for kind in kinds]
     return tuple(dict.fromkeys((*tensor, *simt, *sm90)))
 
 
@@ -167,12 +172,16 @@ def _simt(plain: bool, rows: int) -> Instance:
 
 
 @lru_cache(maxsize=16)
-def _sm90(a: str, turns: bool) -> Instance:
-    """Return the kernel of ``grouped_gemm/sm90.cu`` whose warpgroups take turns, or multiply one tile together."""
-    columns, slice_columns = (192, 64) if turns else (256, 32)
-    kernel = f"pymoe::grouped_gemm_sm90_kernel<pymoe::Format::k{a}, {str(turns).lower()}>"
+def _sm90(a: str, turns: bool, activated: bool) -> Instance:
+    """Return the kernel of ``grouped_gemm/sm90.cu`` whose warpgroups take turns, or multiply one tile together.
+
+    Those that take turns are compiled with or without an activation; the other does both.
+    """
+    columns, spare = (192, 2064) if turns else (256, 4 * 16 * (32 + 8) + 16)
+    flags = ", ".join(str(flag).lower() for flag in (turns, activated))
+    kernel = f"pymoe::grouped_gemm_sm90_kernel<pymoe::Format::k{a}, {flags}>"
     stage = (_SM90_TILE_ROWS + columns) * 2 * SM90_DEPTH + 16
-    shared = _SM90_STAGES * stage + 8 * 16 * 4 * (slice_columns + 8)
+    shared = _SM90_STAGES * stage + 8 * spare
     return Instance(KernelId("grouped_gemm/sm90.cu", kernel), _SM90_TILE_ROWS, columns, 384, shared, True, True)
 
 

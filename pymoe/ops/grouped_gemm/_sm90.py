@@ -13,11 +13,23 @@ from pymoe.device.tensor_maps import MAP_BYTES, tensor_map
 from pymoe.ops.grouped_gemm import _cuda_arguments as arguments
 from pymoe.ops.grouped_gemm._cuda_instances import SM90_BOX_ROWS, SM90_DEPTH, Instance
 
-__all__ = ["launch"]
+__all__ = ["is_direct", "launch"]
 
+_CLUSTER = 2
+"""Blocks of a cluster, which bring each other weights; the kernel's ``__cluster_dims__`` says so too."""
+_SILU, _PLAIN = 0, 0
+"""`Activation::kSilu`, which stands for users' own too, and `GateLayout::kPlain`."""
 _ARGUMENTS = -(-arguments.NBYTES // 64) * 64
 _VOID = np.dtype(f"V{_ARGUMENTS + 2 * MAP_BYTES}")
 """`MappedArguments` of ``grouped_gemm/sm90.cu``: the arguments, and the maps at multiples of 64 bytes."""
+
+
+def is_direct(fields: ActivationFields, activated: bool, a_format: str, out_format: str) -> bool:
+    """Return whether pieces of four columns can go from registers to their rows, as ``sm90_epilogue.cuh`` says."""
+    kind, layout = fields[:2]
+    if not activated:
+        return out_format in (a_format, "F32")
+    return kind == _SILU and layout != _PLAIN and out_format == a_format
 
 
 def launch(
@@ -33,6 +45,7 @@ def launch(
     mapped = tensor_map(pointers.a, 2, (rows, sizes.K), (SM90_BOX_ROWS, SM90_DEPTH))
     packed = arguments.pack(pointers, sizes, activation).tobytes().ljust(_ARGUMENTS, b"\0") + weights + mapped
     blocks = min(sizes.capacity * sizes.column_tiles, archs.current_multiprocessors())
+    blocks = max(blocks // _CLUSTER, 1) * _CLUSTER
     _plan(instance, blocks)(np.frombuffer(packed, _VOID)[0])
 
 

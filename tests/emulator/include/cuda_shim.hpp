@@ -25,8 +25,9 @@
 #define __restrict__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
-// Of one block at a time, and blocks run one after the other.
+// Of one block at a time, and blocks run one after the other; those of a cluster, which run together, have dynamic only.
 #define __shared__ static
 
 struct uint3 { unsigned x, y, z; };
@@ -56,10 +57,15 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(STACK);
     uint3 index;
-    int lane = 0, warp = 0;
+    int lane = 0, warp = 0, block = 0;  // of the warps, and the block, of its cluster
     bool done = false;
-    long barriers = 0;   // block barriers passed
     long operations = 0; // warp operations passed
+};
+
+struct Block {
+    uint3 index;
+    int alive = 0, waiting = 0;
+    long generation = 0;  // block barriers passed
 };
 
 struct Warp {
@@ -72,11 +78,10 @@ inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline ucontext_t scheduler;
 inline Fiber* current = nullptr;
-inline int alive = 0, waiting = 0;
-inline long barrier_generation = 0;
+inline Block blocks[CLUSTER_BLOCKS];
 inline bool progress = false;
 inline int dynamic_bytes = 0;  // of shared memory, as the launch asked for
-inline long blocks_run = 0;
+inline long blocks_run = 0;    // clusters, to be exact
 
 inline void yield_now() { swapcontext(&current->context, &scheduler); }
 
@@ -86,15 +91,21 @@ inline void yield_now() { swapcontext(&current->context, &scheduler); }
     std::abort();
 }
 
+// Dynamic shared memory of the block whose thread runs.
+alignas(1024) inline unsigned char pool[CLUSTER_BLOCKS * SHARED];
+inline unsigned char* shared_bytes(int block) { return pool + block * SHARED; }
+inline unsigned char* shared_bytes() { return shared_bytes(current->block); }
+
 inline void block_barrier() {
-    long mine = barrier_generation;
-    if (++waiting == alive) {
-        waiting = 0;
-        ++barrier_generation;
+    Block& block = blocks[current->block];
+    long mine = block.generation;
+    if (++block.waiting == block.alive) {
+        block.waiting = 0;
+        ++block.generation;
         progress = true;
         return;
     }
-    while (barrier_generation == mine) yield_now();
+    while (block.generation == mine) yield_now();
     progress = true;
 }
 
@@ -137,29 +148,34 @@ inline void** entry_arguments = nullptr;
 inline void run_fiber() {
     entry(entry_arguments);
     current->done = true;
-    --alive;
+    Block& block = blocks[current->block];
+    --block.alive;
     progress = true;
     // The barrier may have waited for this thread alone.
-    if (alive > 0 && waiting == alive) {
-        waiting = 0;
-        ++barrier_generation;
+    if (block.alive > 0 && block.waiting == block.alive) {
+        block.waiting = 0;
+        ++block.generation;
     }
     for (;;) yield_now();
 }
 
-inline unsigned char* shared_bytes();
-
-inline void run_block() {
-    int count = blockDim.x * blockDim.y * blockDim.z;
-    if (static_cast<int>(fibers.size()) < count) fibers.resize(count);
-    warps.assign((count + 31) / 32, Warp{});
-    alive = count;
-    waiting = 0;
-    for (int i = 0; i < count; ++i) {
-        Fiber& f = fibers[i];
+// The blocks of a cluster, from block `first` on along x.
+inline void run_cluster(uint3 first) {
+    const int count = blockDim.x * blockDim.y * blockDim.z, of_block = (count + 31) / 32;
+    if (static_cast<int>(fibers.size()) < count * CLUSTER_BLOCKS) fibers.resize(count * CLUSTER_BLOCKS);
+    warps.assign(of_block * CLUSTER_BLOCKS, Warp{});
+    for (int b = 0; b < CLUSTER_BLOCKS; ++b) {
+        blocks[b] = {{first.x + b, first.y, first.z}, count, 0, 0};
+        // What a block finds in shared memory is what another left there.
+        std::memset(shared_bytes(b), 0xCB, SHARED);
+    }
+    for (int n = 0; n < count * CLUSTER_BLOCKS; ++n) {
+        Fiber& f = fibers[n];
+        const int i = n % count;
         f.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
         f.lane = i % 32;
-        f.warp = i / 32;
+        f.block = n / count;
+        f.warp = f.block * of_block + i / 32;
         f.done = false;
         f.operations = 0;
         warps[f.warp].size++;
@@ -169,15 +185,17 @@ inline void run_block() {
         f.context.uc_link = nullptr;
         makecontext(&f.context, run_fiber, 0);
     }
-    while (alive > 0) {
-        progress = false;
-        for (int i = 0; i < count; ++i) {
-            if (fibers[i].done) continue;
-            current = &fibers[i];
-            threadIdx = fibers[i].index;
-            swapcontext(&scheduler, &fibers[i].context);
+    for (bool alive = true; alive;) {
+        progress = alive = false;
+        for (int n = 0; n < count * CLUSTER_BLOCKS; ++n) {
+            if (fibers[n].done) continue;
+            alive = true;
+            current = &fibers[n];
+            threadIdx = fibers[n].index;
+            blockIdx = blocks[fibers[n].block].index;
+            swapcontext(&scheduler, &fibers[n].context);
         }
-        if (!progress) fail("threads wait for each other for ever");
+        if (alive && !progress) fail("threads wait for each other for ever");
     }
 }
 
@@ -217,15 +235,16 @@ inline void launch(void (*function)(void**), void** arguments, const int* grid, 
     entry_arguments = arguments;
     gridDim = {unsigned(grid[0]), unsigned(grid[1]), unsigned(grid[2])};
     blockDim = {unsigned(block[0]), unsigned(block[1]), unsigned(block[2])};
+    if (gridDim.x % CLUSTER_BLOCKS) {
+        std::fprintf(stderr, "emulator: a grid of %u blocks, not whole clusters\n", gridDim.x);
+        std::abort();
+    }
+    dynamic_bytes = shared;
     for (unsigned z = 0; z < gridDim.z; ++z)
         for (unsigned y = 0; y < gridDim.y; ++y)
-            for (unsigned x = 0; x < gridDim.x; ++x) {
-                blockIdx = {x, y, z};
-                // What a block finds in shared memory is what another left there.
-                std::memset(shared_bytes(), 0xCB, SHARED);
-                dynamic_bytes = shared;
+            for (unsigned x = 0; x < gridDim.x; x += CLUSTER_BLOCKS) {
                 ++blocks_run;
-                run_block();
+                run_cluster({x, y, z});
             }
 }
 

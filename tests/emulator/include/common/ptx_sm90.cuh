@@ -14,9 +14,9 @@ struct Mbarrier {
 };
 static_assert(sizeof(Mbarrier) == 8);
 
-inline Mbarrier& mbarrier(uint32 address) {
+inline Mbarrier& mbarrier(uint32 address, int block = emulator::current->block) {
     if (address % 8) emulator::fail("a barrier out of line");
-    return *reinterpret_cast<Mbarrier*>(emulator::shared_bytes() + address);
+    return *reinterpret_cast<Mbarrier*>(emulator::shared_bytes(block) + address);
 }
 inline void end_phase(Mbarrier& b) {
     if (b.missing < 0) emulator::fail("more arrivals than a phase has");
@@ -27,6 +27,11 @@ inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint32 address) {
     --mbarrier(address).missing;
     end_phase(mbarrier(address));
+}
+inline void mbarrier_arrive_at(uint32 address, uint32 block) {
+    if (block >= CLUSTER_BLOCKS || emulator::blocks[block].alive == 0) emulator::fail("a barrier of a block that is not there");
+    --mbarrier(address, block).missing;
+    end_phase(mbarrier(address, block));
 }
 inline void mbarrier_arrive_expect_tx(uint32 address, uint32 bytes) {
     mbarrier(address).bytes += int32(bytes);
@@ -42,6 +47,7 @@ struct EmulatedMap {
 };
 
 struct TensorCopy {
+    int block;  // that it goes to
     uint32 shared, barrier;
     EmulatedMap map;
     int64 at[3];
@@ -63,22 +69,31 @@ inline void deliver(const TensorCopy& copy) {
         for (uint32 y = 0; y < m.box[1]; ++y, ++row)
             for (uint32 x = 0; x < m.box[0]; ++x) {
                 const uint64 i[3] = {copy.at[0] + x, copy.at[1] + y, copy.at[2] + z};
-                unsigned char* to = emulator::shared_bytes() + swizzled(copy.shared + row * 128 + x * m.itemsize);
+                unsigned char* to = emulator::shared_bytes(copy.block) + swizzled(copy.shared + row * 128 + x * m.itemsize);
                 std::memset(to, 0, m.itemsize);
                 if (i[0] >= m.extents[0] || i[1] >= m.extents[1] || i[2] >= m.extents[2]) continue;
                 const uint64 element = (i[2] * m.extents[1] + i[1]) * m.extents[0] + i[0];
                 std::memcpy(to, reinterpret_cast<const unsigned char*>(m.address) + element * m.itemsize, m.itemsize);
             }
-    mbarrier(copy.barrier).bytes -= int32(row * 128);
-    end_phase(mbarrier(copy.barrier));
+    mbarrier(copy.barrier, copy.block).bytes -= int32(row * 128);
+    end_phase(mbarrier(copy.barrier, copy.block));
 }
 
-inline void cp_async_bulk_tensor(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y, int32 z) {
-    TensorCopy copy = {shared, barrier, {}, {x, y, z}};
+inline void copy_to(int block, uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y, int32 z) {
+    TensorCopy copy = {block, shared, barrier, {}, {x, y, z}};
     std::memcpy(&copy.map, map, sizeof copy.map);
     if (shared % 1024 || copy.map.box[0] * copy.map.itemsize != 128) emulator::fail("a box out of line");
-    std::memset(emulator::shared_bytes() + shared, 0xff, copy.map.box[1] * copy.map.box[2] * 128);
+    if (emulator::blocks[block].alive == 0) emulator::fail("a copy to a block that is gone");
+    std::memset(emulator::shared_bytes(block) + shared, 0xff, copy.map.box[1] * copy.map.box[2] * 128);
     tensor_copies().push_back(copy);
+}
+inline void cp_async_bulk_tensor(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y, int32 z) {
+    copy_to(emulator::current->block, shared, map, barrier, x, y, z);
+}
+inline void cp_async_bulk_tensor_multicast(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y,
+                                           int32 z, uint16 blocks) {
+    for (int block = 0; block < CLUSTER_BLOCKS; ++block)
+        if (blocks >> block & 1) copy_to(block, shared, map, barrier, x, y, z);
 }
 inline void cp_async_bulk_tensor(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y) {
     cp_async_bulk_tensor(shared, map, barrier, x, y, 0);
@@ -96,10 +111,11 @@ inline void mbarrier_wait(uint32 address, uint32 parity) {
     while (mbarrier(address).parity == parity) {
         auto& copies = tensor_copies();
         for (size_t i = copies.size(); i-- > 0;)  // the last one first
-            if (copies[i].barrier == address) {
+            if (copies[i].barrier == address && copies[i].block == emulator::current->block) {
                 const TensorCopy copy = copies[i];
                 copies.erase(copies.begin() + i);
                 deliver(copy);
+                emulator::progress = true;
                 break;
             }
         if (mbarrier(address).parity == parity) emulator::yield_now();
@@ -112,14 +128,15 @@ struct NumberedBarrier {
     long generation = 0;
 };
 inline NumberedBarrier& numbered(int32 number) {
-    static NumberedBarrier all[16];
-    static long block = -1;
-    if (block != emulator::blocks_run) {
-        block = emulator::blocks_run;
-        for (auto& barrier : all) barrier = {};
+    static NumberedBarrier all[CLUSTER_BLOCKS][16];
+    static long cluster = -1;
+    if (cluster != emulator::blocks_run) {
+        cluster = emulator::blocks_run;
+        for (auto& block : all)
+            for (auto& barrier : block) barrier = {};
     }
     if (number < 1 || number > 15) emulator::fail("a barrier of another number than 1 to 15");
-    return all[number];
+    return all[emulator::current->block][number];
 }
 inline void barrier_arrive(int32 number, int32 threads) {
     NumberedBarrier& barrier = numbered(number);
@@ -130,6 +147,24 @@ inline void barrier_wait(int32 number, int32 threads) {
     const long mine = numbered(number).generation;
     barrier_arrive(number, threads);
     while (numbered(number).generation == mine) emulator::yield_now();
+    emulator::progress = true;
+}
+
+inline bool elect() {
+    emulator::exchange(~0u, 0);
+    return emulator::current->lane == 7;  // any one
+}
+
+inline void cluster_sync() {
+    dawdle();
+    static NumberedBarrier barrier;
+    static long cluster = -1;
+    if (cluster != emulator::blocks_run) cluster = emulator::blocks_run, barrier = {};
+    int threads = 0;
+    for (const auto& block : emulator::blocks) threads += block.alive;
+    const long mine = barrier.generation;
+    if (++barrier.arrived == threads) barrier.arrived = 0, ++barrier.generation, emulator::progress = true;
+    while (barrier.generation == mine) emulator::yield_now();
     emulator::progress = true;
 }
 
