@@ -1,7 +1,7 @@
 """Expert parallelism on this machine: transports against MPI's own Alltoallv, and the whole layer against one process.
 
     python benchmarks/bench_ep.py --ranks 2 --output benchmarks/results/ep.json
-    python benchmarks/bench_ep.py --device --output benchmarks/results/ep_device.json      (two ranks, a GPU each)
+    python benchmarks/bench_ep.py --device --output benchmarks/results/ep_h200.json      (two ranks, a GPU each)
     python benchmarks/plot_ep.py benchmarks/results/ep.json docs/_static/ep_cpu.svg
 
 The file keeps the last result of each MPI; the MPI is that of the Python that runs this, two minutes each.  Starts
