@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import bench_moe
+import checkout  # noqa: F401  before pymoe
 import cupy
 import numpy as np
 

@@ -31,6 +31,7 @@ ROW = 4096
 SIZES = [1 << power for power in range(12, 24)]
 LAYER = {"M": 1024, "E": 8, "topk": 2, "K": 1024, "I": 1024}
 ROUNDS = 2
+TRANSPORTS = ("shm", "host")
 WAYS = {"": "rows in order", ", gathered": "gathered rows", ", used": "made, gathered and read"}
 
 
@@ -52,7 +53,7 @@ def slowest(comm, work, seconds=0.2, least=5):
 
 
 def transfers(comm, transport):
-    """Return {bytes a pair: seconds} of one transport and of Alltoallv, for each of `WAYS`.
+    """Return {bytes a pair: seconds} of one transport, beside the first also of Alltoallv, for each of `WAYS`.
 
     A dispatch gathers its rows: that is one pass for a transport, and a pass before Alltoallv.  "Used" rows are made
     just before and read just after, as those of a layer are, so that each core has to fetch what the other wrote.
@@ -104,14 +105,14 @@ def transfers(comm, transport):
             source[...] = 1
             np.copyto(read, travel())
 
-        times[size] = {
-            transport: slowest(comm, move),
-            "Alltoallv": slowest(comm, alltoallv),
-            f"{transport}, gathered": slowest(comm, gathered_move),
-            "Alltoallv, gathered": slowest(comm, gathered_alltoallv),
-            f"{transport}, used": slowest(comm, functools.partial(used, gathered_move)),
-            "Alltoallv, used": slowest(comm, functools.partial(used, gathered_alltoallv)),
+        ways = {
+            "": (move, alltoallv),
+            ", gathered": (gathered_move, gathered_alltoallv),
+            ", used": (functools.partial(used, gathered_move), functools.partial(used, gathered_alltoallv)),
         }
+        times[size] = {transport + way: slowest(comm, ours) for way, (ours, _) in ways.items()}
+        if transport == TRANSPORTS[0]:
+            times[size] |= {f"Alltoallv{way}": slowest(comm, theirs) for way, (_, theirs) in ways.items()}
     ranks.close("bench")
     return times
 
@@ -186,10 +187,10 @@ def rank_program(output):
 
     comm = MPI.COMM_WORLD
     result = {"MPI": MPI.Get_library_version().splitlines()[0].strip(" \0,"), "transfers": {}, "layer": {}}
-    for transport in ("shm", "host"):
+    for transport in TRANSPORTS:
         for size, times in transfers(comm, transport).items():
             result["transfers"].setdefault(size, {}).update(times)
-    for transport in ("shm", "host"):
+    for transport in TRANSPORTS:
         result["layer"][transport] = layer_over_ranks(comm, transport)
     if comm.rank == 0:
         Path(output).write_text(json.dumps(result))
@@ -258,7 +259,7 @@ def least(old, new):
 def report(result):
     """Print the tables and the two aims."""
     print(f"{result['MPI']}; {result['ranks']} ranks of {result['threads']} threads on {result['cores']} cores")
-    names = ("shm", "host", "Alltoallv")
+    names = (*TRANSPORTS, "Alltoallv")
     heads = "".join(f"{name:>11}" for name in names)
     print(f"\n{'':12}" + "".join(f" {text + ', us':>33} {'':>7}" for text in WAYS.values()))
     print(f"{'bytes a pair':>12}" + f" {heads} {'ratio':>7}" * len(WAYS))
