@@ -18,7 +18,7 @@ from pymoe.contracts import (
 )
 from pymoe.device.arena import padded
 from pymoe.device.arrays import is_cuda, namespace
-from pymoe.device.workspace import Workspace, Workspaces, plan_workspace
+from pymoe.device.workspace import ALIGNMENT, Workspace, Workspaces, plan_workspace
 from pymoe.kernel.stages import first_of, note_stage, recount, size_of, slice_scales
 from pymoe.weight_and_reduce import TopKWeightAndReduceNoOP
 
@@ -289,5 +289,6 @@ class FusedMoEKernelModularImpl:
         bytes_out = size_of(self.fused_experts.workspace_shapes(M, *arguments)[2]) * routed
         bytes_out = 0 if self._leaves_nothing(out_dtype) else bytes_out
         if config.device != "cpu":
-            return sum(padded((size,), np.uint8) for size in (bytes13, bytes2, bytes_out))
+            # The workspace begins at a multiple of its alignment, whatever the allocator's is.
+            return sum(padded((size,), np.uint8) for size in (bytes13, bytes2, bytes_out)) + ALIGNMENT
         return bytes2 + (bytes13 + bytes_out if chunks > 1 else max(bytes13, bytes_out))

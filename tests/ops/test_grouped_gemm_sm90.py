@@ -191,7 +191,8 @@ def test_gates_whose_quotient_is_far_from_one(device, kind):
     """Sums of +-3000, zeros, infinities, NaN: SiLU takes its long way to the bits of the portable path."""
     dtype = ml_dtypes.bfloat16
     a, operand = problem(3, 200, 64, 300, dtype)
-    operand = dataclasses.replace(operand, codes=(operand.codes.astype(np.float32) * 1000).astype(dtype), bias=None)
+    codes, bias = (operand.codes.astype(np.float32) * 1000).astype(dtype), np.zeros_like(operand.bias)
+    operand = dataclasses.replace(operand, codes=codes, bias=bias)
     a[:40], a[40, 3], a[41, 5] = 0, np.inf, np.nan
     a[50:60] = (a[50:60].astype(np.float32) * 1e-30).astype(dtype)
     offsets, act = offsets_of("even", 3, 300), ActivationConfig("silu" if kind == "halves" else "swigluoai")
