@@ -141,3 +141,6 @@ class MpiControl(Control):
                 for request in receives:
                     request.Wait()
                     request.Free()
+                for sends in filter(None, self._sends):
+                    # They have arrived, but an MPI keeps what belongs to a request until it is asked.
+                    sends[0].Testall(sends)

@@ -26,7 +26,7 @@ def main():
         if number == cycles // 2:
             early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early
-    assert grown < 20_000, f"{grown} KiB more after the second half"
+    assert grown < 3 * cycles / 2, f"{grown} KiB more after the second half"
     if rank == 0:
         print(f"{cycles} layers, {grown} KiB more after the second half")
 
