@@ -7,13 +7,15 @@
 namespace pymoe {
 
 // Where a unit is compiled for a user's function, its prelude (pymoe/device/own_activation.py) defines
-// PYMOE_OWN_ACTIVATION and own_activation; that function is then the only one, whatever the parameters say.
+// PYMOE_OWN_ACTIVATION and own_formula; that function is then the only one, whatever the parameters say.
 #ifdef PYMOE_OWN_ACTIVATION
 constexpr bool kOwnActivation = true;
+__device__ __forceinline__ float own_activation(float g, float u) {
+    return own_formula(g, u, [](float a, float b) { return divide(a, b); });
+}
 #else
 constexpr bool kOwnActivation = false;
 #endif
-__device__ float own_activation(float g, float u);
 
 // Members of pymoe.MoEActivation by formula: SILU covers SWIGLUOAI in both layouts, which differ by parameters only.
 enum class Activation : int32 {
@@ -122,35 +124,48 @@ __device__ __forceinline__ void activate_four(const float (&g)[4], const float (
 #endif
 }
 
+// SiLU of gate times up as `swiglu`, by `quotient`.
+template <class Quotient>
+__device__ __forceinline__ float swiglu_by(float g, float u, const ActivationParameters& p, Quotient quotient) {
+    g = limit_above(g, p.limit);
+    return quotient(g, 1.0f + expf(-p.alpha * g)) * (limit_both(u, p.limit) + p.beta);
+}
+
 // Eight elements of an epilogue that a whole warp computes, gate(i) and up(i) of a lane: SiLU, or a user's function.
 //
-// The quotients need no branch but one for all: where any gate is far from 1, the warp computes one element after the
+// Quotients need no branch but one for all: where any operand is far from 1, the warp computes one element after the
 // other, by way of `spare`, 512 floats of its own in shared memory.  Both ways round as IEEE 754 says.
 template <class Gate, class Up>
 __device__ __forceinline__ void activate_eight(const ActivationParameters& p, Gate gate, Up up, float* spare,
                                                float (&y)[8]) {
-#ifdef PYMOE_OWN_ACTIVATION
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] = own_activation(gate(i), up(i));
-#else
-    constexpr uint32 kLeast = 0x21800000u, kMost = 0x5d800000u;  // 2^-60 and 2^60
     bool near = true;
+    const auto quotient = [&](float a, float b) {
+        near &= is_near(b) && (is_near(a) || __float_as_uint(a) == 0);
+        return divide_near(a, b);
+    };
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const float g = limit_above(gate(i), p.limit), d = 1.0f + expf(-p.alpha * g);
-        const uint32 bits = __float_as_uint(g), above = (bits & 0x7fffffffu) - kLeast;
-        near &= d <= 0x1p60f && (above <= kMost - kLeast || bits == 0);
-        y[i] = divide_near(g, d) * (limit_both(up(i), p.limit) + p.beta);
+#ifdef PYMOE_OWN_ACTIVATION
+        y[i] = own_formula(gate(i), up(i), quotient);
+#else
+        y[i] = swiglu_by(gate(i), up(i), p, quotient);
+#endif
     }
     if (__all_sync(0xffffffffu, near)) return;
     float* mine = spare + threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 8; ++i) mine[64 * i] = gate(i), mine[64 * i + 32] = up(i);
 #pragma unroll 1
-    for (int i = 0; i < 8; ++i) mine[64 * i] = swiglu(mine[64 * i], mine[64 * i + 32], p);
+    for (int i = 0; i < 8; ++i) {
+        const float g = mine[64 * i], u = mine[64 * i + 32];
+#ifdef PYMOE_OWN_ACTIVATION
+        mine[64 * i] = own_activation(g, u);
+#else
+        mine[64 * i] = swiglu(g, u, p);
+#endif
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) y[i] = mine[64 * i];
-#endif
 }
 
 }  // namespace pymoe

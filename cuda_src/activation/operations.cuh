@@ -24,7 +24,13 @@ __device__ __forceinline__ float divide_wide(float a, float b) {
     return static_cast<float>(fma(fma(-z, q, x), y, q) * scale);
 }
 
-// Both operands in 2^-60..2^60.
+// Whether the size of x is in 2^-60..2^60.
+__device__ __forceinline__ bool is_near(float x) {
+    constexpr uint32 kLeast = 0x21800000u, kMost = 0x5d800000u;
+    return (__float_as_uint(x) & 0x7fffffffu) - kLeast <= kMost - kLeast;
+}
+
+// Both operands near; or the first +0, which gives a zero of the right sign.
 __device__ __forceinline__ float divide_near(float a, float b) {
     float y = ptx::rcp_approx(b);
     y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
@@ -34,10 +40,7 @@ __device__ __forceinline__ float divide_near(float a, float b) {
 }
 
 __device__ __forceinline__ float divide(float a, float b) {
-    constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
-    const float size_a = fabsf(a), size_b = fabsf(b);
-    if (!(size_a >= kLeast && size_a <= kMost && size_b >= kLeast && size_b <= kMost)) return divide_wide(a, b);
-    return divide_near(a, b);
+    return is_near(a) && is_near(b) ? divide_near(a, b) : divide_wide(a, b);
 }
 
 __device__ __forceinline__ float square_root(float x) {

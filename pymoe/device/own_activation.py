@@ -1,4 +1,8 @@
-"""A user's activation in CUDA C++: the prelude of units that hold an activation."""
+"""A user's activation in CUDA C++: the prelude of units that hold an activation.
+
+It defines ``own_formula(a0, a1, quotient)``, a template of what divides: an epilogue divides without a branch, and looks
+once a warp whether that was allowed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ __all__ = ["with_activation"]
 _WORDS = {
     # Intrinsics, which the compiler never joins to a fused operation of its own making.
     "add": "__fadd_rn({0}, {1})", "sub": "__fsub_rn({0}, {1})", "mul": "__fmul_rn({0}, {1})", "neg": "-{0}",
-    "div": "divide({0}, {1})", "fma": "__fmaf_rn({0}, {1}, {2})", "abs": "fabsf({0})", "sqrt": "square_root({0})",
+    "div": "quotient({0}, {1})", "fma": "__fmaf_rn({0}, {1}, {2})", "abs": "fabsf({0})", "sqrt": "square_root({0})",
     "floor": "floorf({0})", "power_of_two": "power_of_two({0})", "exponent": "exponent_of({0})",
     "mantissa": "mantissa_of({0})", "lt": "{0} < {1}", "le": "{0} <= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}",
     "and": "{0} && {1}", "or": "{0} || {1}", "not": "!{0}", "select": "{0} ? {1} : {2}",
@@ -36,20 +40,20 @@ def with_activation(kernel: KernelId, activation: ActivationConfig) -> KernelId:
 @lru_cache(maxsize=256)
 def _prelude(program: Program) -> str:
     """Return the definitions that ``activation/activation.cuh`` asks for; equal for what computes the same."""
-    return _BEGIN + _function("own_activation", program, program.arity == 1) + _END
+    return _BEGIN + _formula(program.arity, "quotient", _body(program, _WORDS)) + _END
 
 
 @lru_cache(maxsize=256)
 def _prelude_of_closed(function: ClosedFunction) -> str:
     """Return the definitions for a function that is linked: its call, and the words that it calls in turn."""
     words = sorted(function.words.intersection(ELEMENTARY))
-    definitions = [_function(WORD_SYMBOL.format(word), program_of(word), external=True) for word in words]
+    definitions = [_external(WORD_SYMBOL.format(word), program_of(word)) for word in words]
     arguments = ", ".join(f"a{i}" for i in range(function.arity))
+    call = f"    return {SYMBOL}({arguments});\n"
     return (
         f"// {function.digest}\n{_BEGIN}{''.join(definitions)}"
         f'extern "C" __device__ float {SYMBOL}({_parameters(function.arity)});\n'
-        f"__device__ __forceinline__ float own_activation({_parameters(function.arity, function.arity == 1)}) {{\n"
-        f"    return {SYMBOL}({arguments});\n}}\n{_END}"
+        f"{_formula(function.arity, '', call)}{_END}"
     )
 
 
@@ -57,18 +61,24 @@ _BEGIN = '#define PYMOE_OWN_ACTIVATION\n#include "activation/operations.cuh"\nna
 _END = "}  // namespace pymoe\n"
 
 
-def _function(name: str, program: Program, unread: bool = False, external: bool = False) -> str:
-    """Return a program as a function, which `unread` gives one more parameter."""
-    lines = spell(program, _WORDS, _number, "    const {kind} {name} = {value};\n")
-    kind = 'extern "C" __device__' if external else "__device__ __forceinline__"
-    return (
-        f"{kind} float {name}({_parameters(program.arity, unread)}) {{\n"
-        f"{''.join(lines)}    return t{len(lines) - 1};\n}}\n"
-    )
+def _formula(arity: int, quotient: str, body: str) -> str:
+    parameters = f"{_parameters(arity)}{', float' * (2 - arity)}, Quotient {quotient}".rstrip()
+    return f"template <class Quotient>\n__device__ __forceinline__ float own_formula({parameters}) {{\n{body}}}\n"
 
 
-def _parameters(arity: int, unread: bool = False) -> str:
-    return ", ".join([*(f"float a{i}" for i in range(arity)), *["float"] * unread])
+def _external(name: str, program: Program) -> str:
+    """Return a program as a function that a linked one calls by its name."""
+    body = _body(program, _WORDS | {"div": "divide({0}, {1})"})
+    return f'extern "C" __device__ float {name}({_parameters(program.arity)}) {{\n{body}}}\n'
+
+
+def _body(program: Program, words: dict[str, str]) -> str:
+    lines = spell(program, words, _number, "    const {kind} {name} = {value};\n")
+    return f"{''.join(lines)}    return t{len(lines) - 1};\n"
+
+
+def _parameters(arity: int) -> str:
+    return ", ".join(f"float a{i}" for i in range(arity))
 
 
 def _number(number: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 
@@ -15,18 +16,26 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import pymoe
 from pymoe.activations import ActivationConfig
 from pymoe.codec.weights import WeightOperand
 from tests import gpu
 from tests.emulator import sm90
 from tests.ops import devices
 
+
+def own_silu(g, u):
+    return g / (1 + math.exp(-1.25 * g)) * u / (3.0 + abs(u))
+
+
+pymoe.register_activation("test_sm90_silu", own_silu, gated=True)
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 ROUTINGS = ("one", "few", "none", "even", "skewed")
 ACTIVATIONS = {
     "plain": None,
     "halves": ActivationConfig("silu", clamp_limit=2.0),
     "alternating": ActivationConfig("swigluoai"),
+    "own": ActivationConfig("test_sm90_silu"),
     "apart": ActivationConfig("gelu_tanh"),
     "ungated": ActivationConfig("relu2_no_mul"),
 }
@@ -186,7 +195,7 @@ def test_numbers_at_the_ends_of_the_format(device):
     np.testing.assert_array_equal(same[2], same[0])
 
 
-@pytest.mark.parametrize("kind", ["halves", "alternating"])
+@pytest.mark.parametrize("kind", ["halves", "alternating", "own"])
 def test_gates_whose_quotient_is_far_from_one(device, kind):
     """Sums of +-3000, zeros, infinities, NaN: SiLU takes its long way to the bits of the portable path."""
     dtype = ml_dtypes.bfloat16
@@ -195,7 +204,7 @@ def test_gates_whose_quotient_is_far_from_one(device, kind):
     operand = dataclasses.replace(operand, codes=codes, bias=bias)
     a[:40], a[40, 3], a[41, 5] = 0, np.inf, np.nan
     a[50:60] = (a[50:60].astype(np.float32) * 1e-30).astype(dtype)
-    offsets, act = offsets_of("even", 3, 300), ActivationConfig("silu" if kind == "halves" else "swigluoai")
+    offsets, act = offsets_of("even", 3, 300), ActivationConfig("silu") if kind == "halves" else ACTIVATIONS[kind]
     first, *others = (multiply(device, a, operand, offsets, rows, act, dtype) for rows in (16, 64, 128))
     for y in others:
         np.testing.assert_array_equal(np.isnan(y), np.isnan(first))
