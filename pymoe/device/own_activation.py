@@ -1,7 +1,7 @@
 """A user's activation in CUDA C++: the prelude of units that hold an activation.
 
-It defines ``own_formula(a0, a1, quotient)``, a template of what divides: an epilogue divides without a branch, and looks
-once a warp whether that was allowed.
+It defines ``own_formula(a0, a1, quotient)``, a template of what divides: an epilogue divides without a branch, and
+looks once a warp whether that was allowed.
 """
 
 from __future__ import annotations
