@@ -20,12 +20,12 @@ from pymoe.errors import CommError, complaint
 Array = Any
 
 WORDS = 64
-"""Words of a header: 16 numbers and 384 bytes of text."""
+"""Words of a header: 18 numbers and 368 bytes of text."""
 SEQUENCE, COUNT, BACK = 1, 4, 5
 """Places that the control fills in: the exchange's number; the rows for the receiver of this copy, and from it back."""
 TOKENS = 7
 _MAGIC = 0x70796D6F65  # "pymoe"
-_VALUES, _TEXT = 8, 16
+_VALUES, _TEXT = 8, 18
 _TEXT_BYTES = 8 * (WORDS - _TEXT)
 
 

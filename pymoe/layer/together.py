@@ -52,6 +52,8 @@ def built_together(init: Method) -> Method:
                 "w1": f"{'as given' if key is None else key.name} {layer._w1.dtype}{' on CUDA' * is_cuda(layer._w1)}",
                 "activation": f"{own.value} {own.program.digest[:16] if hasattr(own, 'program') else ''}".rstrip(),
                 "routing": f"{method} {routing.num_expert_group} {routing.topk_group}",
+                "routed_dtype": str(layer.routed_dtype),
+                "deterministic": str(layer.deterministic),
             }
             agree("MoELayer", layer._ranks, values, names)
 

@@ -93,6 +93,8 @@ AT_BUILDING = {
     "placement": ({"placement": "round_robin"}, "placement", "round_robin on rank 1"),
     "count": ({"w1": W1[:1], "w2": W2[:1]}, None, "w1 must hold"),
     "error": ({"w2": W2[:, :, :3]}, None, "w2 must have shape"),
+    "routed_dtype": ({"routed_dtype": np.float32}, "routed_dtype", "float32 on rank 1"),
+    "deterministic": ({"deterministic": False}, "deterministic", "False on rank 1"),
     "routing": ({"routing": pymoe.RoutingConfig(2, renormalize=False)}, "routing", "on rank 1"),
 }
 
