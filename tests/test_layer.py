@@ -219,6 +219,16 @@ class Ranks:
         return self.size
 
 
+@pytest.mark.parametrize("scheme", ["int8_w8a8_tensor", "fp8_w8a8_tensor"])
+def test_batch_invariance_is_refused_where_rows_share_a_scale(scheme):
+    w1, w2, config = pymoe.quantize_experts(
+        *(np.ones(shape, np.float32) for shape in ((4, 32, 16), (4, 16, 16))), scheme
+    )
+    with pytest.raises(ArgumentError, match="batch_invariant must not be True with one dynamic scale"):
+        MoELayer(w1, w2, topk=2, quant_config=config, batch_invariant=True)
+    MoELayer(w1, w2, topk=2, quant_config=config, batch_invariant=False)
+
+
 @pytest.mark.parametrize(
     "options, kind, text",
     [

@@ -202,7 +202,7 @@ __device__ __forceinline__ void spread_one(float* sums, const float (&t)[I::kCol
 }
 
 // By way of shared memory, slice by slice, for what registers do not do: odd widths, other activations than SiLU of a
-// gate, and activated answers in another format than the operands.
+// gate, activated answers in another format than the operands, and rows that are added to their tokens.
 template <class I>
 __device__ __forceinline__ void store_slices(const GemmArguments& p, BlockTile part, float* answers,
                                              const float (&t)[I::kColumns / 2]) {

@@ -1,4 +1,5 @@
-// From a warp's sums in registers to rows of the answer, without shared memory: bias, activation, one rounding, stores.
+// From a warp's sums in registers to rows of the answer: bias, activation, one rounding, stores.  Only biases and rare
+// quotients go by way of shared memory.
 //
 // A lane's sum 4 j + 2 h + i is that of row lane / 4 + 8 h and column 8 j + lane % 4 * 2 + i of 16 rows.  So a lane has
 // gate and up of an output side by side (alternating columns), or kColumns / 2 columns apart (halves).

@@ -114,9 +114,9 @@ def _try_shm(call: str, group: Group, comm: Any, nodes: Nodes) -> tuple[tuple[Sh
     seconds = environment.timeout_s()
     try:
         control = ShmControl(call, comm, seconds)
-    except Exception as error:  # whatever MPI has against it is a reason to use another transport
+        return (control, ShmTransport(comm, control, seconds)), ""
+    except Exception as error:  # whatever MPI or the compiler has against it is a reason to use another transport
         return None, " ".join(str(error).split())
-    return (control, ShmTransport(comm, control, seconds)), ""
 
 
 def forget_startup_segment() -> None:

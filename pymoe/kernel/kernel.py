@@ -96,9 +96,9 @@ class FusedMoEKernel:
         return self.prepare_finalize.output_is_reduced()
 
     def workspace_bytes(self, M: int) -> int:
-        """Return the bytes that a call with M tokens allocates for workspaces at most; 0 for a monolithic pair.
+        """Return the bytes that a call allocates for workspaces at most; 0 for a monolithic pair.
 
-        An `out` that is not C-contiguous may take (M, K) more.
+        `M` counts the tokens that reach the experts here, over ranks those of all ranks at most.  An `out` that is not C-contiguous may take (M, K) more.
         """
         if isinstance(self.impl, FusedMoEKernelMonolithicImpl):
             return 0

@@ -271,11 +271,11 @@ class FusedMoEKernelModularImpl:
         return output if self.shared_experts is None else (shared, output)
 
     def workspace_bytes(self, M: int, out_dtype: Any) -> int:
-        """Return the bytes of workspaces and unreduced output that a call with M tokens takes at most.
+        """Return the bytes of workspaces and unreduced output that a call takes at most if M tokens reach its experts.
 
         An answer that is created, or C-contiguous, is no unreduced output where nothing is left to finalize.
         """
-        config = self.fused_experts.moe_config
+        config, out_dtype = self.fused_experts.moe_config, self.prepare_finalize.combine_dtype(out_dtype)
         chunks, chunk = self._chunk_info(M)
         if chunks == 0:
             return 0

@@ -13,6 +13,7 @@ from pymoe.config import RoutingConfig
 from pymoe.dense import Gate
 from pymoe.device.arrays import as_array
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, complaint
+from pymoe.quantization import FusedMoEQuantConfig
 
 Array = Any
 
@@ -27,14 +28,17 @@ def most_tokens(call: str, max_num_tokens: Any) -> int | None:
     return None if max_num_tokens is None else checks.integer(call, "max_num_tokens", max_num_tokens, 1)
 
 
-def deterministic_of(call: str, deterministic: Any, batch_invariant: Any) -> bool:
-    """Return whether sums keep their order, or refuse what is no flag, or two flags that cannot both hold."""
+def deterministic_of(call: str, deterministic: Any, batch_invariant: Any, quant_config: FusedMoEQuantConfig) -> bool:
+    """Return whether sums keep their order, or refuse what is no flag, or flags that cannot hold."""
     if not isinstance(deterministic, bool | np.bool_):
         raise DTypeError(complaint(call, "deterministic", "be True or False", repr(deterministic)))
     if batch_invariant is not None and not isinstance(batch_invariant, bool | np.bool_):
         raise DTypeError(complaint(call, "batch_invariant", "be True, False or None", repr(batch_invariant)))
     if batch_invariant and not deterministic:
         rule = "not be True with deterministic=False, whose sums have no order"
+        raise ArgumentError(complaint(call, "batch_invariant", rule, batch_invariant))
+    if batch_invariant and quant_config.is_dynamic_per_tensor:
+        rule = "not be True with one dynamic scale of the activations, which all rows share"
         raise ArgumentError(complaint(call, "batch_invariant", rule, batch_invariant))
     return bool(deterministic)
 

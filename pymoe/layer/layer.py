@@ -59,7 +59,7 @@ class MoELayer:
         Ranks that share out the experts; building, calls and close are then collective.
     placement : "linear", "round_robin", ExpertPlan or sequence of int
         Which global experts are here, in the order of w1: blocks in rank order, or, by a plan, some on several ranks.
-    transport : {"auto", "local", "host"}
+    transport : {"auto", "local", "shm", "host", "hier"}
         How rows travel between ranks.
     max_num_tokens : int, optional
         Calls with more tokens are refused.
@@ -69,7 +69,8 @@ class MoELayer:
         False lets a GPU add the experts' rows to their tokens in any order, in float32; last bits then differ between
         calls.  All else is deterministic always.
     batch_invariant : bool, optional
-        Every backend is, at no price: True and False are the same.  True is refused with ``deterministic=False``.
+        Every backend is, at no price, but for one dynamic scale of all rows: True is refused there and with
+        ``deterministic=False``.
     routed_dtype : dtype, optional
         What a GPU rounds the experts' weighed rows to before it sums them in float32: float32, or None for the dtype of
         the tokens.  The CPU keeps them in float32 always.
@@ -138,7 +139,7 @@ class MoELayer:
             raise DTypeError(complaint(call, "shared_experts", "be callable or None", type(shared_experts).__name__))
         self.shared_experts = shared_experts
         self.max_num_tokens = most_tokens(call, max_num_tokens)
-        self.deterministic = deterministic_of(call, deterministic, batch_invariant)
+        self.deterministic = deterministic_of(call, deterministic, batch_invariant, self.quant_config)
         self.routed_dtype = routed_dtype_of(call, routed_dtype)
         self._chunk_size = None if chunk_size is None else checks.integer(call, "chunk_size", chunk_size, 1)
         self.dtype = self._w1.dtype if self._w1.dtype in HIDDEN_DTYPES else np.dtype("float32")

@@ -15,7 +15,7 @@ class Plan(NamedTuple):
     prepare_finalize, experts : str
         Class names of the pair that runs.
     workspace_bytes : int
-        Memory that a call allocates for workspaces at most.
+        Memory that a call allocates for workspaces at most, if as many tokens reach the experts of this rank.
     packed_bytes : int
         Memory of repacked weights; 0 where the given ones are used as they are.
     chunks : int

@@ -64,6 +64,8 @@ LIES = {
     "a negative start": ([2, 1], [0, -1]),
     "beyond the part": ([2, 1], [0, 4]),
     "more than there are rows": ([3, 1], [0, 0]),
+    "a start whose bytes overflow": ([2, 1], [0, 2**60]),
+    "bytes below zero": ([2, 1], [0, 2**59]),
 }
 
 

@@ -47,12 +47,12 @@ def _store(desk, rows, order, send, start, first, number):
     ranks, last, width = len(send), len(rows) - 1, rows.shape[1]
     source, ordered = rows.ctypes.data, len(order) != 0
     own, size, there = get(desk + 8 * _RANK), get(desk + 8 * _BYTES), desk + 8 * _RANKS
-    begin = total = 0
+    begin, total, room = 0, 0, (size - first) // max(width, 1)
     for rank in range(ranks):
         begin += send[rank] if rank < own else 0
         total += send[rank]
         # Counts are other ranks' words: what they get wrong must not reach memory of somebody else.
-        if send[rank] < 0 or start[rank] < 0 or first + (start[rank] + send[rank]) * width > size:
+        if send[rank] < 0 or start[rank] < 0 or start[rank] > room or send[rank] > room - start[rank]:
             return False
     if total > (len(order) if ordered else len(rows)):
         return False
