@@ -36,7 +36,9 @@ _OPTIONS = (
     "-Xptxas=-warn-spills",
 )
 _INSTALL = "pip install 'pymoe[numba-cu13]' (CUDA 12: 'pymoe[numba-cu12]')"
-_SOURCES = ("formula/closed.py", "formula/words.py", "formula/elementary.py", "device/_numba_ltoir.py")
+_SOURCES = (
+    "formula/closed.py", "formula/words.py", "formula/elementary.py", "formula/_numba.py", "device/_numba_ltoir.py"
+)  # fmt: skip
 """What decides the LTO-IR beside the function and the libraries."""
 
 

@@ -142,7 +142,7 @@ def _short(error: Any) -> str:
     """Return the reason and the place of an error of Numba, which says much."""
     text = getattr(error, "msg", str(error))
     lines = [line.strip(" >.") for line in text.splitlines() if line.strip(" >.") and "Failed in" not in line]
-    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
     loc = getattr(error, "loc", None)
     place = f" at {loc.filename}:{loc.line}" if loc is not None else ""
     return f"{reason}{place}."

@@ -24,7 +24,7 @@ from pymoe.formula.assigned import find_unassigned
 from pymoe.formula.functions import FUNCTIONS
 from pymoe.formula.program import float32
 from pymoe.formula.source import RELOAD, NoSource, find_source, where
-from pymoe.formula.words import WORDS, Word
+from pymoe.formula.words import ELEMENTARY, WORDS, Word
 
 __all__ = ["ClosedFunction", "close_function"]
 
@@ -189,7 +189,10 @@ class _Body(ast.NodeTransformer):
             function = self.look_up(node.func)
             if function is range:
                 numbers: list[Any] = [x.value if isinstance(x, ast.Constant) else self.look_up(x) for x in node.args]
-                return all(isinstance(x, int) for x in numbers) and len(range(*numbers)) > 0
+                try:
+                    return all(isinstance(x, int) for x in numbers) and len(range(*numbers)) > 0
+                except (TypeError, ValueError) as error:
+                    raise self.refuse(node, "loop over ranges that exist", f"{ast.unparse(node)} ({error})") from None
             return function in (enumerate, zip, reversed) and all(map(self.turns, node.args))
         value = self.look_up(node)
         return isinstance(value, tuple | np.ndarray) and len(value) > 0
@@ -231,7 +234,7 @@ class _Body(ast.NodeTransformer):
         """Return an expression for an object that is found outside the function."""
         if isinstance(getattr(value, "py_func", value), FunctionType) and not _is_of_libraries(value):
             return self.bound("part", PartOf(self.closing.close(value, where(self.fn, node.lineno))), node)
-        if callable(value) or isinstance(value, ModuleType):
+        if _is_of_libraries(value) or _is_builtin(value):
             return self.bound("object", value, node)
         return self.bound("number", self.number(ast.unparse(node), value, node), node)
 
@@ -285,6 +288,8 @@ class _Body(ast.NodeTransformer):
             return self.word("divide", self.single(left), self.single(right), place=node)
         if isinstance(node.op, ast.Pow):
             return self.power(node, left, right)
+        if isinstance(node.op, ast.Mod | ast.FloorDiv):  # NVVM takes a remainder from a rounded quotient and product
+            left, right = (self.word("wide", x, place=node) for x in (left, right))
         return self.word("rounded", ast.copy_location(ast.BinOp(left, node.op, right), node), place=node)
 
     def power(self, node: ast.expr, x: ast.expr, y: ast.expr) -> ast.expr:
@@ -320,7 +325,7 @@ class _Body(ast.NodeTransformer):
             return self.word("rounded", result, place=node)
         if known == "power" and len(operands) == 2:
             return self.power(node, *operands)
-        if known in WORDS and len(operands) == 1:
+        if known in ELEMENTARY and known != "power" and len(operands) == 1:
             return self.word(known, self.single(operands[0]), place=node)
         if _is_of_libraries(function) and not isinstance(function, type):
             operands = [x if isinstance(x, ast.Starred) else self.word("wide", x, place=x) for x in operands]
@@ -349,9 +354,10 @@ class _Body(ast.NodeTransformer):
         return self.bound("table", self.number(ast.unparse(node), np.array(value), node), node)
 
     def refuse_statement(self, node: ast.AST) -> ast.AST:
-        raise self.refuse(node, "neither raise, catch nor assert, which a GPU cannot")
+        raise self.refuse(node, "neither raise, catch nor assert, which a GPU cannot, nor match or declare names")
 
     visit_Raise = visit_Assert = visit_Try = visit_TryStar = visit_With = refuse_statement
+    visit_Match = visit_Global = visit_Nonlocal = refuse_statement
 
 
 _OWN: Any = object()

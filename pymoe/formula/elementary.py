@@ -11,7 +11,7 @@ from typing import Any
 
 from pymoe.formula.program import Value
 
-__all__ = ["erf", "exp", "expm1", "floor", "fma", "log", "log1p", "power", "select", "sqrt", "tanh"]
+__all__ = ["ceil", "erf", "exp", "expm1", "floor", "fma", "log", "log1p", "power", "select", "sqrt", "tanh"]
 
 _INF, _NAN = math.inf, math.nan
 _ROUND = 12582912.0  # 1.5 * 2**23: a sum with it is rounded to a whole number
@@ -58,6 +58,10 @@ def sqrt(x: Value) -> Value:
 
 def floor(x: Value) -> Value:
     return x.builder.step("floor", x)
+
+
+def ceil(x: Value) -> Value:
+    return -floor(-x)
 
 
 def exp(x: Value) -> Value:

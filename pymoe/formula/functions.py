@@ -85,7 +85,7 @@ FUNCTIONS: dict[Any, tuple[Any, Callable[..., Any]]] = {
     np.where: ((3,), choose),
 }  # fmt: skip
 """What may be called: how many arguments it takes, and what it computes."""
-for _name in ("exp", "expm1", "log", "log1p", "tanh", "sqrt", "floor"):
+for _name in ("exp", "expm1", "log", "log1p", "tanh", "sqrt", "floor", "ceil"):
     for _library in (math, np):
         FUNCTIONS[getattr(_library, _name)] = (1,), _function(getattr(elementary, _name), getattr(math, _name))
 FUNCTIONS[math.erf] = (1,), _function(elementary.erf, math.erf)

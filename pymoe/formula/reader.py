@@ -175,9 +175,10 @@ class _Scope:
 
     def step(self, statement: ast.stmt) -> None:
         match statement:
-            case ast.Assign(targets=targets, value=value):
-                for target in targets:
-                    self.assign(target, value)
+            case ast.Assign(targets=[target], value=value):
+                self.assign(target, value)
+            case ast.Assign(targets=names, value=value) if all(isinstance(name, ast.Name) for name in names):
+                self.names |= dict.fromkeys([name.id for name in names], self.evaluate(value))  # type: ignore[attr-defined]
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 self.names[name] = self.evaluate(value)
             case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value):

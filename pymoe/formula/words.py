@@ -14,7 +14,8 @@ WORDS = {
     "rounded": "a float as float32, anything else as it is", "wide": "a float as float64, anything else as it is",
     "divide": "quotient", "larger": "Python's max of two", "smaller": "Python's min of two", "exp": "exp(x)",
     "expm1": "exp(x) - 1", "log": "log(x)", "log1p": "log(1 + x)", "tanh": "tanh(x)", "erf": "erf(x)",
-    "sqrt": "square root", "power": "x to the y",
+    "sqrt": "square root", "floor": "largest whole number not above",
+    "ceil": "smallest whole number not below", "power": "x to the y",
 }  # fmt: skip
 """What a backend defines.  From "divide" on, but for the two of Python, operands and results are float32."""
 

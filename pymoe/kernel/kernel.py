@@ -98,7 +98,8 @@ class FusedMoEKernel:
     def workspace_bytes(self, M: int) -> int:
         """Return the bytes that a call allocates for workspaces at most; 0 for a monolithic pair.
 
-        `M` counts the tokens that reach the experts here, over ranks those of all ranks at most.  An `out` that is not C-contiguous may take (M, K) more.
+        `M` counts the tokens that reach the experts here, over ranks those of all ranks at most.  An `out` that is not
+        C-contiguous may take (M, K) more.
         """
         if isinstance(self.impl, FusedMoEKernelMonolithicImpl):
             return 0

@@ -45,6 +45,8 @@ def statements(g, u):
     """A docstring."""
     y, z = g, u  # both
     y += 1
+    y = z2 = y + 0.25  # the value is computed once
+    z = z + z2
     y *= z
     z: float = y - 0.5
     if z > 2:

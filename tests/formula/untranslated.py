@@ -52,7 +52,7 @@ def newton(gate, up):
 def picked(gate, up):
     y = gate
     for k in range(2):
-        y += SCALES[k] * up if gate > k else up % 2
+        y += SCALES[k] * up if gate > k else up % 2 + gate % 0.3
     return max(y, -3, up) - min(y, 1.0)
 
 
