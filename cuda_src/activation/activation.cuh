@@ -68,9 +68,15 @@ __device__ __forceinline__ float situ(float g, float u, const ActivationParamete
     return p.situ_beta * exact_tanh(g / p.situ_beta) / (1.0f + expf(-g)) * u;
 }
 
-// SiLU of gate times up with its parameters: the common case, kept small enough to unroll.
+// SiLU of gate times up with its parameters, by what divides: the common case, kept small enough to unroll.
+template <class Quotient>
+__device__ __forceinline__ float swiglu_by(float g, float u, const ActivationParameters& p, Quotient quotient) {
+    g = limit_above(g, p.limit);
+    return quotient(g, 1.0f + expf(-p.alpha * g)) * (limit_both(u, p.limit) + p.beta);
+}
+
 __device__ __forceinline__ float swiglu(float g, float u, const ActivationParameters& p) {
-    return silu(limit_above(g, p.limit), p.alpha) * (limit_both(u, p.limit) + p.beta);
+    return swiglu_by(g, u, p, [](float a, float b) { return a / b; });
 }
 
 // Any activation of the library; `u` is not read by those that are not gated.
@@ -122,13 +128,6 @@ __device__ __forceinline__ void activate_four(const float (&g)[4], const float (
         for (int i = 0; i < 4; ++i) y[i] = activate_apart(g[i], u[i], p);
     }
 #endif
-}
-
-// SiLU of gate times up as `swiglu`, by `quotient`.
-template <class Quotient>
-__device__ __forceinline__ float swiglu_by(float g, float u, const ActivationParameters& p, Quotient quotient) {
-    g = limit_above(g, p.limit);
-    return quotient(g, 1.0f + expf(-p.alpha * g)) * (limit_both(u, p.limit) + p.beta);
 }
 
 // Eight elements of an epilogue that a whole warp computes, gate(i) and up(i) of a lane: SiLU, or a user's function.

@@ -226,14 +226,14 @@ __device__ __forceinline__ void store_rows(const GemmArguments& p, const BlockTi
                                            float (&t)[I::kColumns / 2]) {
     const bool gated = p.activated && p.activation.layout != GateLayout::kPlain;
     const int32 column = tile.column_tile * (gated ? I::kColumns / 2 : I::kColumns), live = min(tile.rows - row, 16);
-    const WarpRows rows = {tile.expert, tile.first_row + row, live, column};
+    const WarpRows rows = {tile.first_row + row, live, column};
     if constexpr (!I::kTurns) {
         if (!is_direct<I::kFormat>(p)) {
             const BlockTile part = {tile.expert, rows.first_row, live, tile.column_tile * (I::kColumns / I::kSlice)};
             return store_slices<I>(p, part, spare, t);
         }
     }
-    add_bias<I::kColumns>(p, rows, spare, t);
+    add_bias<I::kColumns>(p, tile, spare, t);
     if (I::kTurns ? I::kGated : gated) {
         store_gated<I::kColumns, I::kFormat>(p, rows, spare, t);
         return;

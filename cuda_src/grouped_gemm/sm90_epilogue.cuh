@@ -20,7 +20,7 @@ __device__ __forceinline__ bool is_direct(const GemmArguments& p) {
 
 // What a warp stores: 16 rows of a tile, of which `rows` are live, from column `column` of the answer on.
 struct WarpRows {
-    int32 expert, first_row, rows, column;
+    int32 first_row, rows, column;
 };
 
 // Two neighbours of a row as bits of the 16-bit format kOut.
@@ -88,21 +88,19 @@ __device__ __forceinline__ void store_singles(const GemmArguments& p, const Warp
 
 // Adds the bias to all sums, by way of `spare`; without one zero, so that none of them is -0.
 template <int kColumns>
-__device__ __forceinline__ void add_bias(const GemmArguments& p, const WarpRows& w, float* spare,
+__device__ __forceinline__ void add_bias(const GemmArguments& p, const BlockTile& tile, float* spare,
                                          float (&t)[kColumns / 2]) {
     if (!p.bias) {
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) t[i] = __fadd_rn(t[i], 0.0f);
         return;
     }
-    const bool halves = p.activated && p.activation.layout == GateLayout::kHalves;
-    const bool alternating = p.activated && p.activation.layout == GateLayout::kInterleaved;
-    const float* bias = p.bias + static_cast<int64>(w.expert) * p.N;
+    const float* bias = p.bias + static_cast<int64>(tile.expert) * p.N;
     const int32 lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int32 i = lane; i < kColumns; i += 32) {
-        const int32 row = (alternating ? 2 * w.column : w.column) + i + (halves && i >= kColumns / 2 ? p.width - kColumns / 2 : 0);
-        spare[i] = row < p.N ? bias[row] : 0.0f;
+        const int32 row = weight_row<kColumns>(p, tile.column_tile, i);
+        spare[i] = row >= 0 ? bias[row] : 0.0f;
     }
     __syncwarp();
     const float2* terms = reinterpret_cast<const float2*>(spare) + lane % 4;

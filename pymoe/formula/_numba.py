@@ -13,17 +13,14 @@ from numba.extending import intrinsic
 
 from pymoe.errors import ArgumentError, complaint
 from pymoe.formula.closed import ClosedFunction
-from pymoe.formula.program import Program, spell
+from pymoe.formula.program import PYTHON, Program, spell
 from pymoe.formula.words import ELEMENTARY, program_of
 
 __all__ = ["SPELLING", "check", "define", "function_of", "inlined", "larger", "smaller"]
 
-SPELLING = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "neg": "-{0}",
-    "fma": "fma({0}, {1}, {2})", "abs": "abs({0})", "sqrt": "sqrt({0})", "floor": "floor({0})",
-    "power_of_two": "power_of_two({0})", "exponent": "exponent({0})", "mantissa": "mantissa({0})", "lt": "{0} < {1}",
-    "le": "{0} <= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}", "and": "{0} & {1}", "or": "{0} | {1}",
-    "not": "not {0}", "select": "{1} if {0} else {2}",
+SPELLING = PYTHON | {
+    "div": "{0} / {1}", "abs": "abs({0})", "sqrt": "sqrt({0})", "floor": "floor({0})", "not": "not {0}",
+    "select": "{1} if {0} else {2}",
 }  # fmt: skip
 
 inlined: Any = njit(error_model="numpy", inline="always")

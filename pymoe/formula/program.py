@@ -9,8 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["OPERATIONS", "Program", "TooLong", "Value", "float32", "spell"]
+__all__ = ["OPERATIONS", "PYTHON", "Program", "TooLong", "Value", "float32", "spell"]
 
+PYTHON = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "neg": "-{0}", "fma": "fma({0}, {1}, {2})",
+    "power_of_two": "power_of_two({0})", "exponent": "exponent({0})", "mantissa": "mantissa({0})", "lt": "{0} < {1}",
+    "le": "{0} <= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}", "and": "{0} & {1}", "or": "{0} | {1}",
+}  # fmt: skip
+"""How NumPy and Numba both spell operations; the rest is each one's own."""
 OPERATIONS = {
     "add": "sum", "sub": "difference", "mul": "product", "div": "quotient", "fma": "a * b + c, rounded once",
     "neg": "the other sign", "abs": "without sign", "sqrt": "square root", "floor": "largest whole number not above",

@@ -10,9 +10,13 @@ import pytest
 import pymoe
 from pymoe.formula import ClosedFunction
 from tests import gpu
-from tests.cuda.test_layer import GATE, TOPK, W1, W2, bits, layer, tokens
-from tests.cuda.test_own_activations import agree_with_the_cpu, captured_layers, replay_us
-from tests.cuda.test_tapes import tape_count
+from tests.cuda.test_own_activations import (
+    agree_with_the_cpu,
+    captured_layers,
+    give_the_bits_of_the_first_call,
+    replay_us,
+    take_turns,
+)
 from tests.cuda.transfer import to_device, to_host
 from tests.experts.test_pairs import SCHEMES
 from tests.formula import untranslated
@@ -61,31 +65,12 @@ def test_every_pair_agrees_with_the_cpu(cuda, scheme):
 
 @pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "mxfp4_w4a16"])
 def test_tapes_and_graphs_give_the_bits_of_the_first_call(cuda, scheme):
-    ours = layer(scheme, gate=to_device(GATE), activation="test_gpu_wave")
-    x = to_device(tokens(33))
-    first = bits(ours(x))
-    for _ in range(4):
-        assert (bits(ours(x)) == first).all()
-    assert tape_count(ours) == 1
-    graph = ours.capture(33)
-    graph.inputs["hidden_states"][...] = x
-    for _ in range(2):
-        graph.output.fill(np.nan)
-        assert (bits(graph.replay()) == first).all()
+    give_the_bits_of_the_first_call(scheme, "test_gpu_wave")
 
 
 def test_layers_of_different_functions_take_turns(cuda):
     """Translated, linked and built in: none runs another's kernel, whose shapes and formats are the same."""
-    names = ["test_gpu_helped", "test_gpu_newton", "test_gpu_silu", "silu"]
-    layers = {name: layer(gate=to_device(GATE), activation=name) for name in names}
-    on_cpu = {name: pymoe.MoELayer(W1, W2, topk=TOPK, gate=GATE, activation=name) for name in names}
-    for turn in range(5):
-        x = tokens(24, turn)
-        weights, ids = pymoe.select_experts(layers["silu"].gate(to_device(x)), TOPK)
-        for name in names:
-            y = to_host(layers[name](to_device(x), None, weights, ids)).astype(np.float32)
-            expected = on_cpu[name](x, None, to_host(weights), to_host(ids)).astype(np.float32)
-            assert np.abs(y - expected).max() <= 2e-2 * np.abs(expected).max(), (turn, name)
+    take_turns(["test_gpu_helped", "test_gpu_newton", "test_gpu_silu", "silu"])
 
 
 def made(factor):

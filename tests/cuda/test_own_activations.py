@@ -63,9 +63,9 @@ def test_batched_and_monolithic_equal_grouped_bit_for_bit(cuda, scheme):
     test_experts.test_batched_and_monolithic_equal_standard_bit_for_bit(scheme, GATE_OF_ALL)
 
 
-@pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "mxfp4_w4a16"])
-def test_tapes_and_graphs_give_the_bits_of_the_first_call(cuda, scheme):
-    ours = layer(scheme, gate=to_device(GATE), activation="test_gpu_gate")
+def give_the_bits_of_the_first_call(scheme, name):
+    """Call, from a tape too, and replay a layer with an activation."""
+    ours = layer(scheme, gate=to_device(GATE), activation=name)
     x = to_device(tokens(33))
     first = bits(ours(x))
     for _ in range(4):
@@ -78,9 +78,8 @@ def test_tapes_and_graphs_give_the_bits_of_the_first_call(cuda, scheme):
         assert (bits(graph.replay()) == first).all()
 
 
-def test_layers_of_different_functions_take_turns(cuda):
-    """None runs the other's kernel, whose shapes and formats are the same."""
-    names = ["test_gpu_gate", "test_gpu_bent", "silu"]
+def take_turns(names):
+    """Call layers of several activations by turns, beside the CPU's."""
     layers = {name: layer(gate=to_device(GATE), activation=name) for name in names}
     on_cpu = {name: pymoe.MoELayer(W1, W2, topk=TOPK, gate=GATE, activation=name) for name in names}
     for turn in range(5):
@@ -90,6 +89,16 @@ def test_layers_of_different_functions_take_turns(cuda):
             y = to_host(layers[name](to_device(x), None, weights, ids)).astype(np.float32)
             expected = on_cpu[name](x, None, to_host(weights), to_host(ids)).astype(np.float32)
             assert np.abs(y - expected).max() <= 2e-2 * np.abs(expected).max(), (turn, name)
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8_w8a8_block", "mxfp4_w4a16"])
+def test_tapes_and_graphs_give_the_bits_of_the_first_call(cuda, scheme):
+    give_the_bits_of_the_first_call(scheme, "test_gpu_gate")
+
+
+def test_layers_of_different_functions_take_turns(cuda):
+    """None runs the other's kernel, whose shapes and formats are the same."""
+    take_turns(["test_gpu_gate", "test_gpu_bent", "silu"])
 
 
 def replay_us(cuda, graphs, replays=60):

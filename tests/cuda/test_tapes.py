@@ -50,26 +50,30 @@ def test_every_kind_of_call_plays_the_ordinary_paths_bits(cuda, scheme, kind):
     assert tape_count(ours) == 2
 
 
+def graph_nodes(cuda, ours, x):
+    """Return how many nodes the graph of one untaped call has."""
+    from cuda.bindings import driver
+
+    out, stream = cuda.empty(x.shape, BF16), cuda.cuda.Stream(non_blocking=True)
+    with stream:
+        ours(x, out=out)
+        stream.begin_capture()
+        ours(x, out=out)
+        graph = stream.end_capture()
+    status, _, count = driver.cuGraphGetNodes(driver.CUgraph(graph.graph), 0)
+    assert int(status) == 0
+    return count
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_tape_holds_every_node_of_the_calls_graph(cuda, scheme):
     """What CuPy itself would launch, an elementwise kernel or a copy, is a node that no recorder sees."""
-    from cuda.bindings import driver
-
     ours = layer(scheme, gate=to_device(GATE))
     x = to_device(tokens(24))
     for _ in range(3):
         ours(x)
     (tape,) = [entry.tape for entry in ours._tapes._entries.values() if entry is not None]
-    plain = without_tapes(scheme, gate=to_device(GATE))
-    out = cuda.empty((24, K), BF16)
-    stream = cuda.cuda.Stream(non_blocking=True)
-    with stream:
-        plain(x, out=out)
-        stream.begin_capture()
-        plain(x, out=out)
-        graph = stream.end_capture()
-    status, _, count = driver.cuGraphGetNodes(driver.CUgraph(graph.graph), 0)
-    assert int(status) == 0 and count == len(tape)
+    assert graph_nodes(cuda, without_tapes(scheme, gate=to_device(GATE)), x) == len(tape)
 
 
 def test_out_is_written_returned_and_checked_for_overlap(cuda):

@@ -14,6 +14,7 @@ import numpy as np
 
 from pymoe.activations import ActivationConfig, MoEActivation, RegisteredActivation
 from pymoe.formula import ClosedFunction, Program, spell
+from pymoe.formula.program import PYTHON
 
 Array = Any
 
@@ -113,11 +114,8 @@ def _call(kind: RegisteredActivation, *arguments: Array) -> Array:
     return np.broadcast_to(y, arguments[0].shape)
 
 
-_WORDS = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "np.divide({0}, {1})", "neg": "-{0}",
-    "fma": "fma({0}, {1}, {2})", "abs": "np.abs({0})", "sqrt": "np.sqrt({0})", "floor": "np.floor({0})",
-    "power_of_two": "power_of_two({0})", "exponent": "exponent({0})", "mantissa": "mantissa({0})", "lt": "{0} < {1}",
-    "le": "{0} <= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}", "and": "{0} & {1}", "or": "{0} | {1}",
+_WORDS = PYTHON | {
+    "div": "np.divide({0}, {1})", "abs": "np.abs({0})", "sqrt": "np.sqrt({0})", "floor": "np.floor({0})",
     "not": "np.logical_not({0})", "select": "np.where({0}, {1}, {2})",
 }  # fmt: skip
 
