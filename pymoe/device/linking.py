@@ -114,7 +114,7 @@ def versions() -> dict[str, str]:
         nvvm.version()  # loads the library; it has said 2.0 for years, so that its package must tell which it is
     except Exception as error:  # the finder of libraries has several kinds, none of them documented
         raise _missing("libNVVM", error) from None
-    found = {name: importlib.metadata.version(name) for name in ("numba-cuda", "llvmlite")}
+    found = {name: importlib.metadata.version(name) for name in ("numba-cuda", "numba", "llvmlite")}
     return found | {"libNVVM": _libnvvm(), "nvJitLink": ".".join(map(str, _nvjitlink().version()))}
 
 

@@ -118,7 +118,7 @@ def test_the_key_holds_the_function_and_what_compiles_it(monkeypatch):
     keys = [jit.cache_key(kernel, "sm_90a", (13, 0)) for kernel in kernels]
     assert keys[0] == keys[1] != keys[2]
     versions = linking.versions()
-    assert versions.keys() == {"numba-cuda", "llvmlite", "libNVVM", "nvJitLink"}
+    assert versions.keys() == {"numba-cuda", "numba", "llvmlite", "libNVVM", "nvJitLink"}
     for library in versions:
         monkeypatch.setattr(linking, "versions", lambda library=library: versions | {library: "another"})
         assert jit.cache_key(kernels[0], "sm_90a", (13, 0)) != keys[0]
