@@ -10,7 +10,7 @@ from pymoe.device.linking import SYMBOL, WORD_SYMBOL
 from pymoe.device.numba_gpu import SIMULATED, cuda
 from pymoe.errors import BackendUnavailableError, complaint
 from pymoe.formula import ClosedFunction
-from pymoe.formula._numba import larger, smaller
+from pymoe.formula._numba import PLAIN
 from pymoe.formula.words import ELEMENTARY, program_of
 
 __all__ = ["compile_function", "inlined", "python_words"]
@@ -47,11 +47,9 @@ def _as_float(width: str, apart: bool = False) -> Any:
 
 
 def python_words(apart: bool) -> dict[str, Any]:
-    """Return the words that depend on their operand's type, and Python's max and min."""
-    return {
-        "rounded": _as_float("float32", apart), "wide": _as_float("float64"), "larger": inlined(larger),
-        "smaller": inlined(smaller),
-    }  # fmt: skip
+    """Return the words that depend on their operand's type."""
+    conversions = {"rounded": _as_float("float32", apart), "wide": _as_float("float64")}
+    return conversions | {word: inlined(function) for word, function in PLAIN.items()}
 
 
 def compile_function(function: ClosedFunction, arch: str) -> bytes:

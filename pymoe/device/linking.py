@@ -37,7 +37,8 @@ _OPTIONS = (
 )
 _INSTALL = "pip install 'pymoe[numba-cu13]' (CUDA 12: 'pymoe[numba-cu12]')"
 _SOURCES = (
-    "formula/closed.py", "formula/words.py", "formula/elementary.py", "formula/_numba.py", "device/_numba_ltoir.py"
+    "formula/closed.py", "formula/rewriting.py", "formula/calls.py", "formula/outside.py", "formula/words.py",
+    "formula/functions.py", "formula/elementary.py", "formula/_numba.py", "device/_numba_ltoir.py",
 )  # fmt: skip
 """What decides the LTO-IR beside the function and the libraries."""
 
@@ -82,6 +83,9 @@ def function_ltoir(function: ClosedFunction, arch: str) -> bytes:
     try:
         return compile_function(function, arch)
     except ImportError as error:
+        if type(error).__name__ == "CudaSupportError":  # it asks for a driver, to compile a function of its own apart
+            said = "one that calls what Numba-CUDA would compile apart, for the device of the moment"
+            raise _refused(function, f"be compiled whole for {arch}", said) from None
         raise _missing("what Numba-CUDA needs", error) from None
     except Exception as error:  # of Numba-CUDA and of NVVM, whose kinds have no common base
         raise _refused(function, f"compile for {arch} by Numba-CUDA", f"{type(error).__name__}: {error}") from None

@@ -16,7 +16,7 @@ from pymoe.formula.closed import ClosedFunction
 from pymoe.formula.program import PYTHON, Program, spell
 from pymoe.formula.words import ELEMENTARY, program_of
 
-__all__ = ["SPELLING", "check", "define", "function_of", "inlined", "larger", "smaller"]
+__all__ = ["PLAIN", "SPELLING", "check", "define", "function_of", "inlined"]
 
 SPELLING = PYTHON | {
     "div": "{0} / {1}", "abs": "abs({0})", "sqrt": "sqrt({0})", "floor": "floor({0})", "not": "not {0}",
@@ -107,12 +107,21 @@ def smaller(a, b):
     return b if b < a else a
 
 
+def bounded(x):
+    most, least = 9223372036854774784, -9223372036854775808  # the largest float64 below 2**63, and -2**63
+    return (x if x >= least else least) if x <= most else (most if x > most else 0)
+
+
+PLAIN = {"larger": larger, "smaller": smaller, "bounded": bounded}
+"""Words that are plain functions."""
+
+
 @lru_cache(maxsize=1)
 def _words() -> dict[str, Any]:
     """Return the words of closed functions."""
     elementary = {word: function_of(program_of(word)) for word in ELEMENTARY}
     conversions = {"rounded": _as_float(types.float32), "wide": _as_float(types.float64)}
-    return elementary | conversions | {"larger": inlined(larger), "smaller": inlined(smaller)}
+    return elementary | conversions | {word: inlined(function) for word, function in PLAIN.items()}
 
 
 def check(call: str, function: ClosedFunction, reason: str) -> None:

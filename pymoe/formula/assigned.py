@@ -75,7 +75,7 @@ class _Paths:
             case ast.AugAssign(target=ast.Name(id=name)) if name not in names:
                 self.fault = self.fault or node
         self.use(node, names)
-        return names | _stored(node)
+        return names if isinstance(node, ast.AnnAssign) and node.value is None else names | _stored(node)
 
     def loop(self, body: list[ast.stmt], names: set[str]) -> tuple[list[Names], Names]:
         """Follow a loop's body; return what is assigned at each break, and at the end of a turn."""

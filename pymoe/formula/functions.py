@@ -51,6 +51,11 @@ def _np_maximum(a: Any, b: Any) -> Any:
     return choose(a != a, a, choose(b != b, b, _maximum(a, b)))
 
 
+def _np_sign(x: Any) -> Any:
+    """NumPy's sign: 0 of both zeros, NaN of NaN."""
+    return choose(x > 0.0, 1.0, choose(x < 0.0, -1.0, choose(x == 0.0, 0.0, x)))
+
+
 def choose(truth: Any, this: Any, that: Any) -> Any:
     return elementary.select(truth, this, that) if isinstance(truth, Value) else (this if truth else that)
 
@@ -82,7 +87,9 @@ FUNCTIONS: dict[Any, tuple[Any, Callable[..., Any]]] = {
     np.minimum: ((2,), _np_minimum), np.maximum: ((2,), _np_maximum),
     pow: ((2,), _power), math.pow: ((2,), _power), np.power: ((2,), _power),
     float: ((1,), _identity), np.float32: ((1,), lambda x: x if isinstance(x, Value) else float32(x)),
-    np.where: ((3,), choose),
+    np.where: ((3,), choose), np.sign: ((1,), _np_sign), np.square: ((1,), lambda x: x * x),
+    np.negative: ((1,), operator.neg), np.add: ((2,), operator.add), np.subtract: ((2,), operator.sub),
+    np.multiply: ((2,), operator.mul), np.divide: ((2,), operator.truediv),
 }  # fmt: skip
 """What may be called: how many arguments it takes, and what it computes."""
 for _name in ("exp", "expm1", "log", "log1p", "tanh", "sqrt", "floor", "ceil"):

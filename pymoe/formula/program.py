@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["OPERATIONS", "PYTHON", "Program", "TooLong", "Value", "float32", "spell"]
+__all__ = ["OPERATIONS", "PYTHON", "Program", "TooLarge", "TooLong", "Value", "float32", "spell"]
 
 PYTHON = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "neg": "-{0}", "fma": "fma({0}, {1}, {2})",
@@ -34,6 +33,10 @@ LONGEST = 4000
 
 class TooLong(Exception):
     """A program would have more than `LONGEST` operations."""
+
+
+class TooLarge(Exception):
+    """A number is finite, and float32 cannot hold it."""
 
 
 class Step(NamedTuple):
@@ -167,12 +170,17 @@ class Builder:
 
 
 def float32(number: Any) -> float:
-    """Return a Python number rounded to float32; beyond its range an infinity."""
-    number = float(number)
+    """Return a Python number rounded to float32.
+
+    Raises
+    ------
+    TooLarge
+        It is finite, and the nearest float32 is not.
+    """
     try:
-        return struct.unpack("<f", struct.pack("<f", number))[0]
-    except OverflowError:
-        return math.copysign(math.inf, number)
+        return struct.unpack("<f", struct.pack("<f", float(number)))[0]
+    except OverflowError:  # of a whole number that float64 cannot hold, too
+        raise TooLarge from None
 
 
 def spell(program: Program, words: Mapping[str, str], number: Any, line: str) -> list[str]:

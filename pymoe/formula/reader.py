@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import inspect
-import math
 from collections.abc import Callable, Hashable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -15,13 +13,16 @@ import numpy as np
 from pymoe.errors import ArgumentError, complaint
 from pymoe.formula import elementary
 from pymoe.formula.functions import COMPARISONS, FUNCTIONS, OPERATORS, choose
-from pymoe.formula.program import LONGEST, Builder, Program, TooLong, Value, float32
-from pymoe.formula.source import RELOAD, NoSource, find_source, where
+from pymoe.formula.program import LONGEST, Builder, Program, TooLarge, TooLong, Value, float32
+from pymoe.formula.source import RELOAD, NoSource, find_outside, find_source, where
 
-__all__ = ["Untranslated", "read_function"]
+__all__ = ["Untranslated", "known_number", "read_function"]
 
 _MOST_TURNS = 64
 """Turns of a loop at most, all of which are written out."""
+
+
+_CALLED = "abs, min, max, exp, expm1, log, log1p, tanh, sqrt, erf, pow and floor of math or NumPy are, np.where too"
 
 
 class Untranslated(ArgumentError):
@@ -48,6 +49,16 @@ def read_function(call: str, fn: Callable[..., Any], arity: int) -> Program:
         raise reader.refusal(f"take at most {LONGEST} operations", "more", where(fn), kind=Untranslated) from None
     except RecursionError:
         raise reader.refusal("nest less deeply", "a very deep expression", where(fn)) from None
+    except TooLarge:  # a path's answer, which no expression around it names
+        raise reader.refusal("return numbers that float32 can hold", "a larger one", where(fn)) from None
+
+
+def known_number(call: str, fn: FunctionType, node: ast.expr, names: dict[str, Any]) -> bool | int | float:
+    """Return the number that an expression of a function gives by itself, as Python does; raises as `read_function`."""
+    try:
+        return _Scope(_Reader(call, Builder(0)), fn, names).evaluate(node)
+    except TooLong:
+        raise Untranslated("too long") from None
 
 
 class _Reader:
@@ -140,8 +151,6 @@ class _Scope:
 
     def __init__(self, reader: _Reader, fn: FunctionType, names: dict[str, Any]) -> None:
         self.reader, self.fn, self.names = reader, fn, names
-        cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-        self.cells = dict(cells)
 
     def refuse(
         self, node: Any, rule: str, got: str | None = None, remedy: str = "", kind: type[ArgumentError] = Untranslated
@@ -182,7 +191,7 @@ class _Scope:
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 self.names[name] = self.evaluate(value)
             case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value):
-                self.names[name] = self.compute(statement, op, self.name(target), self.evaluate(value))
+                self.names[name] = self.evaluate(ast.copy_location(ast.BinOp(target, op, value), statement))
             case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
                 pass
             case _:
@@ -208,7 +217,7 @@ class _Scope:
         if isinstance(truth, bool):
             return self.run([*(statement.body if truth else statement.orelse), *rest])
         before = self.names
-        if not _returns(statement):  # then what comes after need be read only once
+        if not any(isinstance(node, ast.Return) for node in ast.walk(statement)):  # what comes after is read only once
             self.names = dict(before)
             self.run(statement.body)
             this, self.names = self.names, dict(before)
@@ -229,11 +238,9 @@ class _Scope:
     def turns(self, statement: ast.For) -> Iterator[ast.stmt]:
         """Return the statements of a loop over a range of known numbers, turn by turn."""
         rule = "loop over a range of known whole numbers only, without break, continue and else"
-        inner = [node for child in statement.body for node in ast.walk(child)]
+        left = any(isinstance(node, ast.Break | ast.Continue) for child in statement.body for node in ast.walk(child))
         match statement:
-            case ast.For(target=ast.Name(), iter=ast.Call(func=func, args=args, keywords=[]), orelse=[]) if (
-                self.look_up(func) is range and not any(isinstance(node, ast.Break | ast.Continue) for node in inner)
-            ):
+            case ast.For(ast.Name(), ast.Call(func, args, []), _, []) if self.look_up(func) is range and not left:
                 numbers = [self.evaluate(argument) for argument in args]
             case _:
                 raise self.refuse(statement, rule)
@@ -246,13 +253,20 @@ class _Scope:
         if len(turns) > _MOST_TURNS:
             raise self.refuse(statement, f"loop at most {_MOST_TURNS} times", f"{len(turns)} turns")
         for number in turns:
-            yield ast.copy_location(ast.Assign([statement.target], _constant(number, statement)), statement)
+            value = ast.copy_location(ast.Constant(number), statement)
+            yield ast.copy_location(ast.Assign([statement.target], value), statement)
             yield from statement.body
 
     # Expressions
 
     def evaluate(self, node: ast.expr) -> Any:
         """Return the value of an expression: a `Value`, or a number that is known now."""
+        try:
+            return self.found(node)
+        except TooLarge:
+            raise self.mistake(node, "use numbers that float32 can hold") from None
+
+    def found(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=bool() | int() | float() as value):
                 return self.known(node, value)
@@ -299,21 +313,15 @@ class _Scope:
             if name in self.names:
                 raise self.refuse(node, "use functions and modules from outside only")
             raise self.mistake(node, "assign names before use")
-        if name in self.cells:
-            try:
-                return self.cells[name].cell_contents
-            except ValueError:
-                raise self.mistake(node, "use names that exist") from None
-        for names in (self.fn.__globals__, vars(builtins)):
-            if name in names:
-                return names[name]
-        raise self.mistake(node, "use names that exist")
+        try:
+            return find_outside(self.fn, name)
+        except KeyError:
+            raise self.mistake(node, "use names that exist") from None
 
     def known(self, node: ast.expr, value: Any) -> Any:
         """Return a number from outside as Python's own."""
         number = self.reader.constant(value, ast.unparse(node), where(self.fn, node.lineno))
-        if math.isinf(float32(number)) and not math.isinf(number):
-            raise self.mistake(node, "use numbers that float32 can hold")
+        float32(number)
         return number
 
     def unary(self, node: ast.expr, op: ast.unaryop, x: Any) -> Any:
@@ -376,10 +384,7 @@ class _Scope:
             return self.result(node, apply, *map(self.reader.as_float, arguments))
         if isinstance(getattr(function, "py_func", function), FunctionType):
             return self.reader.inline(function, arguments, (self.fn, node))
-        remedy = (
-            "abs, min, max, exp, expm1, log, log1p, tanh, sqrt, erf, pow and floor of math or NumPy are, np.where too"
-        )
-        raise self.refuse(node, "call translated functions only", remedy=remedy)
+        raise self.refuse(node, "call translated functions only", remedy=_CALLED)
 
     def result(self, node: ast.AST, apply: Callable[..., Any], *operands: Any) -> Any:
         """Compute, for numbers that are known as Python does."""
@@ -390,11 +395,3 @@ class _Scope:
         if isinstance(found, Value):
             return found
         return self.reader.constant(found, ast.unparse(node), where(self.fn, node.lineno))  # type: ignore[attr-defined]
-
-
-def _constant(number: int, place: ast.AST) -> ast.Constant:
-    return ast.copy_location(ast.Constant(number), place)
-
-
-def _returns(statement: ast.If) -> bool:
-    return any(isinstance(node, ast.Return) for node in ast.walk(statement))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import linecache
 import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-__all__ = ["RELOAD", "NoSource", "find_source", "where"]
+__all__ = ["RELOAD", "NoSource", "find_outside", "find_source", "where"]
 
 RELOAD = "Define it in a file or a notebook, and load that anew"
 """The remedy where there is no text."""
@@ -103,3 +104,14 @@ def where(fn: Callable[..., Any], line: int | None = None) -> str:
     if code is None:
         return repr(fn)
     return f"{code.co_filename}:{code.co_firstlineno if line is None else line}"
+
+
+def find_outside(fn: FunctionType, name: str) -> Any:
+    """Return the object that a name of a function stands for outside it; raises KeyError where it stands for none."""
+    if name in fn.__code__.co_freevars:
+        cell = (fn.__closure__ or ())[fn.__code__.co_freevars.index(name)]
+        try:
+            return cell.cell_contents
+        except ValueError:
+            raise KeyError(name) from None
+    return fn.__globals__[name] if name in fn.__globals__ else vars(builtins)[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 import pymoe
@@ -15,7 +16,7 @@ from pymoe.formula import ClosedFunction
 from pymoe.ops.grouped_gemm._cuda_instances import all_instances
 from tests.compile import facts, rules
 from tests.compile.test_kernels import _tools  # noqa: F401
-from tests.formula import untranslated
+from tests.formula import test_closed, untranslated
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (pip install 'pymoe[numba-cu13]')")
 
@@ -161,6 +162,42 @@ def test_what_numba_cuda_refuses_is_told_with_file_and_line():
     line = listed.__code__.co_firstlineno
     place = f"the activation at {__file__}:{line} must compile for sm_90a by Numba-CUDA"
     assert place in str(caught.value), caught.value
+
+
+TAKEN = [test_closed.joined, test_closed.of_numpy, test_closed.of_either, test_closed.split, test_closed.rebound,
+         test_closed.otherwise_named, test_closed.indexed, test_closed.nested]  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", TAKEN, ids=lambda fn: fn.__name__)
+def test_what_the_cpu_takes_cuda_takes(fn):
+    """Tables, sums, max of a tuple, defaults, functions of NumPy: words and operators, not functions of Numba's own."""
+    own = ActivationConfig(register_activation(f"test_linked_{fn.__name__}", fn))
+    compiled = compile_all([with_activation(ALONE, own)], "sm_90a")[0]
+    named = {name for name in subroutines(compiled) if not OF_THE_COMPILER.fullmatch(name)}
+    assert not named and linking.SYMBOL.encode() not in compiled.cubin, named
+
+
+def missing_ufunc(gate, up):
+    return np.exp2(gate) * up
+
+
+def compiled_apart(gate, up):
+    return np.round(gate) * up
+
+
+@pytest.mark.parametrize(
+    "fn, rule",
+    [
+        (missing_ufunc, "must compile for sm_90a by Numba-CUDA; got KeyError: <ufunc 'exp2'>"),
+        (compiled_apart, "must be compiled whole for sm_90a; got one that calls what Numba-CUDA would compile apart"),
+    ],
+)
+def test_functions_that_numba_cuda_lacks_are_told(fn, rule):
+    """These docs/own_activations names; the day that one compiles, the page can drop it."""
+    kernel = with_activation(ALONE, ActivationConfig(register_activation(f"test_linked_{fn.__name__}", fn)))
+    with pytest.raises(pymoe.KernelCompileError) as caught:
+        compile_all([kernel], "sm_90a")
+    assert f"{__file__}:{fn.__code__.co_firstlineno} {rule}" in str(caught.value)
 
 
 def test_a_function_that_is_left_a_call_is_refused(monkeypatch):

@@ -164,11 +164,22 @@ REFUSED = {
     "an attribute": ("def f(g, u):\n    return g.missing #!", "either: Unknown attribute 'missing'"),
     "a list": ("def f(g, u): #!\n    y = [g]\n    return y", "return a number on every path; got list(float32)"),
     "a path without an answer": ("def f(g, u): #!\n    while g > 1:\n        return g", "on every path; got Optional"),
-    "a complex number": ("def f(g, u): #!\n    return complex(g)", "return a number on every path; got complex"),
+    "a complex number": ("def f(g, u):\n    return complex(g) #!", "use real numbers only; got complex(g)"),
+    "an imaginary one": ("def f(g, u):\n    return abs(g * 1j) #!", "use real numbers only; got 1j"),
+    "another width": ("def f(g, u):\n    return np.int32(g) #!", "use whole numbers of 64 bits only"),
+    "an assignment inside": ("def f(g, u):\n    return (y := g % 2) + y #!", "assign names in statements of their own"),
+    "a type without a number": ("def f(g, u):\n    y: float\n    if g % 2 > 1: y = u\n    return y #!", "before use"),
     "an array": ("def f(g, u): #!\n    return g * array", "return a number on every path; got array(float32"),
     "an object": ("def f(g, u):\n    return g * thing.factor #!", "tuples and arrays of numbers, only; got thing"),
     "a name that is none": ("def f(g, u):\n    while g > 1: g -= missing #!\n    return g", "use names that exist"),
     "a large number": ("def f(g, u):\n    while g > 1: g -= 1e39 #!\n    return g", "that float32 can hold; got 1e+39"),
+    "a large number of a tuple": ("def f(g, u):\n    return pair[1] * g #!", "that float32 can hold; got pair"),
+    "a large number of an array": ("def f(g, u):\n    return larges[0] * g #!", "that float32 can hold; got larges"),
+    "a large number in a loop": ("def f(g, u):\n    for c in (1, 1e39): g += c #!\n    return g", "got (1, 1e+39)"),
+    "a large result": ("def f(g, u):\n    return g % (1e20 * 1e20) #!", "that float32 can hold; got 1e+20 * 1e+20"),
+    "a large default": ("def f(g, u, c=1e39):\n    return g % c #!", "that float32 can hold; got c"),
+    "a large default that changes": ("def f(g, u, c=1e39): #!\n    c -= g % 2\n    return c", "the default of c"),
+    "a division of known numbers": ("def f(g, u):\n    return g % (1 / 0) #!", "compute numbers that exist; got 1 / 0"),
     "an exception": ("def f(g, u):\n    if g % 2 > 1:\n        raise ValueError #!\n    return g", "neither raise"),
     "assert": ("def f(g, u):\n    while g > 1: g -= 1\n    assert g < 1 #!\n    return g", "neither raise, catch nor"),
     "try": ("def f(g, u):\n    try: #!\n        return g % u\n    except ValueError: return u", "neither raise"),
@@ -215,7 +226,7 @@ def test_names_that_every_path_assigns_are_taken(text):
 def test_refused_with_file_and_line(case):
     text, rule = REFUSED[case]
     thing = type("Thing", (), {"factor": 2.0})()
-    fn, register = registered(text, thing=thing, array=np.ones(3))
+    fn, register = registered(text, thing=thing, array=np.ones(3), pair=(1, -1e39), larges=np.array([1e39, np.inf]))
     with pytest.raises(pymoe.ArgumentError) as caught:
         register()
     said = str(caught.value)
@@ -223,6 +234,131 @@ def test_refused_with_file_and_line(case):
     assert f"{fn.__code__.co_filename}:{line_of(text)}" in said, said
     with pytest.raises(pymoe.ArgumentError, match="activation must be one of silu, "):
         pymoe.ActivationConfig("test_closed_bad")
+
+
+ALIASED = {
+    "a local name": "m = max\n    return m(g, 2.0)",
+    "a name of a name": "t = math.exp\n    s = t\n    return s(g)",
+    "a choice": "return (max if g > 0 else min)(g, u)",
+    "an element": "return (max, min)[0](g, u)",
+    "an argument": "h = lambda a, b: a(b, 2.0)\n    return h(np.maximum, g)",
+    "an argument of map": "for y in map(abs, (g, u)):\n        g += y\n    return g",
+    "a method": "return np.add.reduce(TABLE) * g",
+    "an annotated name": "m: object = max\n    return m(g, 2.0)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALIASED)
+def test_functions_of_libraries_have_no_other_names_inside(case):
+    """Numba has answers of its own there: which NaN of max stays, the last bits of exp, a square root by hardware."""
+    fn, register = registered(f"def f(g, u):\n    {ALIASED[case]}", TABLE=untranslated.TABLE)
+    with pytest.raises(pymoe.ArgumentError, match="call Python's and libraries' functions by their names") as caught:
+        register()
+    assert f" at {fn.__code__.co_filename}:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body, rule",
+    [
+        ("p = (g, 2.0)\n    return max(*p)", r"one by one, or in a tuple .*; got max\(\*p\) at .*:3\."),
+        ("p = (g, 2.0)\n    return min(p)", r"one by one, or in a tuple .*; got min\(p\) at .*:3\."),
+        ("p = (g, 2.0)\n    return math.atan2(*p)", r"one by one, or in a tuple .*; got math\.atan2\(\*p\) at .*:3\."),
+        ("return sum([c * g for c in (1, 2)])", r"one by one, or in a tuple .*; got sum\(\[c \* g"),
+        ("return max(g % 2, u, key=abs)", r"give max 1 to 64 numbers and no keywords; got max\(g % 2, u, key"),
+        ("return math.exp(*(g, u))", r"give math\.exp 1 arguments; got math\.exp\(\*\(g, u\)\) at .*:2"),
+    ],
+)  # fmt: skip
+def test_what_hides_numbers_from_max_and_its_like_is_refused(body, rule):
+    _, register = registered(f"def f(g, u):\n    {body}")
+    with pytest.raises(pymoe.ArgumentError, match=rule):
+        register()
+
+
+PAIR = (0.75, -2.0)
+
+
+def joined(g, u):
+    return max((g, 2.0 % 3, u)) - min(*PAIR, g % 5) + max(2.0, *(u, g)) * sum(PAIR) + sum((g, u, g), 0.5)
+
+
+def of_numpy(g, u):
+    y = np.add(np.multiply(g, 0.1), np.divide(u, 3)) % 0.7
+    return np.square(y) - np.negative(g) + np.subtract(y, np.floor_divide(g, 0.3)) + np.fabs(u) + np.sign(g % 2 - 1)
+
+
+def of_either(g, u):
+    y = np.maximum(g, u % 7) - np.minimum(u, np.maximum(g, 0.5))
+    return np.where(y > 1, y, np.where(u < 0.5, g, 0.1)) % 3
+
+
+def split(g, u):
+    q, r = divmod(g, 0.3)
+    return q * 0.1 + r - u
+
+
+def rebound(g, u, c=2.0, table=(0.5, 0.25), *, n=3):
+    while c < u:
+        c = c * n
+    for t in table:
+        g = g * t
+    return c + g * table[1] % n
+
+
+def otherwise_named(g, u, f=max, k=abs):
+    return f(g, 2.0) + LARGER(u, g % 2) - k(u)
+
+
+LARGER = max
+
+
+@pytest.mark.parametrize(
+    "fn", [joined, of_numpy, of_either, split, rebound, otherwise_named], ids=lambda fn: fn.__name__
+)
+def test_calls_are_pythons_on_float32_scalars(fn):
+    g, u = untranslated.operands(1500)
+    g, u = (np.append(x, np.float32([1, np.nan, np.nan, np.inf, 2])) for x in (g, u[::-1]))
+    assert same(run(fn, g, u), by_python(fn, g, u))
+
+
+def test_numbers_that_are_known_are_computed_once_in_float64():
+    def looped(x):
+        while x > 1e30:
+            x = x / 2
+        return x * (2.0 / math.pi) ** 0.5 + 1 / 3 + x / (math.exp(1) * 2**5)
+
+    def straight(x):
+        return x * (2.0 / math.pi) ** 0.5 + 1 / 3 + x / (math.exp(1) * 2**5)
+
+    from tests.formula.evaluate import run as run_program
+
+    x = np.random.default_rng(5).normal(0, 3, 1000).astype(np.float32)
+    assert same(run(looped, x), run_program(straight, x))
+
+
+def test_whole_numbers_of_any_float():
+    """Compilers leave open what a float beyond 64 bits gives, and processors differ."""
+
+    def whole(x):
+        return int(x) * 2.0**-30
+
+    def nearest(x):
+        return round(x) * 2.0**-30
+
+    def cut(x):
+        return math.trunc(x) * 2.0**-30 + np.int64(x) * 2.0**-30
+
+    x = np.float32([1.5, -2.5, 3.5, 9e17, -9e17, 1e19, -1e19, 3e38, np.inf, -np.inf])
+    held = np.clip(x.astype(np.float64), -(2.0**63), 2.0**63)
+    assert same(run(whole, x), np.trunc(held) * 2.0**-30)
+    assert same(run(nearest, x), np.rint(held) * 2.0**-30)
+    assert same(run(cut, x), np.trunc(held) * 2.0**-29)
+    assert [run(fn, np.float32([np.nan]))[0] for fn in (whole, nearest, cut)] == [0, 0, 0]
+
+
+def test_infinities_on_purpose_stay():
+    fn = defined("def f(x):\n    return min(x % 3, table[0]) + (inf if x > 5 else array[1])", table=(math.inf, 1.0),
+                 array=np.array([1e3, -np.inf]), inf=math.inf)  # fmt: skip
+    assert same(run(fn, np.float32([1, 6])), [-np.inf, np.inf])
 
 
 def test_a_helper_must_have_a_text():

@@ -177,6 +177,24 @@ def test_maximum_of_numpy_passes_nan_and_pythons_takes_the_first():
     assert run(lambda a, b: np.where(a > 0, a, b), nan, one) == 1
 
 
+def of_numpy(g, u):
+    y = np.add(np.multiply(g, 0.1), np.divide(u, 3))
+    return np.square(y) - np.negative(g) + np.subtract(y, np.sign(g)) + np.sign(u) * u
+
+
+def test_numpys_names_of_operators():
+    g, u = np.meshgrid(EDGES, EDGES)
+    assert same(run(of_numpy, g.ravel(), u.ravel()), by_python(of_numpy, g.ravel(), u.ravel()))
+    signs = run(lambda x: 1.0 / np.sign(x), np.float32([0.0, -0.0, -2, np.nan]))
+    assert same(signs, [np.inf, np.inf, -1, np.nan])
+
+
+def test_large_numbers_may_stand_between_known_ones():
+    x = np.float32([2.0])
+    assert run(lambda v: v * math.log(1e20 * 1e20), x)[0] == x[0] * np.float32(math.log(1e40))
+    assert run(lambda v: v if v < math.inf else -math.inf, x)[0] == 2
+
+
 def test_lambdas_of_one_line_are_told_apart():
     first, second = lambda v: v + 1.0, lambda v: v + 2.0
     x = np.float32([0.0])
@@ -206,6 +224,8 @@ def line_of(text, mark="#!"):
 REFUSED = {
     "a while loop": ("def f(g, u):\n    while g > 0: #!\n        g = g - 1\n    return g", "translated statements"),
     "a loop over a list": ("def f(g, u):\n    for k in [1, 2]: #!\n        g += k\n    return g", "a range of known"),
+    "an assignment inside": ("def f(g, u):\n    return (y := g) + y #!", "translated expressions only, not NamedExpr"),
+    "another name": ("def f(g, u):\n    m = max #!\n    return m(g, u)", "use numbers only; got max"),
     "a loop over g": ("def f(g, u):\n    for k in range(g): #!\n        u += k\n    return u", "over a range of known"),
     "a long loop": ("def f(g, u):\n    for k in range(65): #!\n        u += k\n    return u", "at most 64 times"),
     "break": ("def f(g, u):\n    for k in range(3): #!\n        break\n    return u", "without break"),
@@ -234,6 +254,12 @@ REFUSED = {
     "identity": ("def f(g, u):\n    return g if g is u else 1 #!", "translated comparisons only"),
     "and of numbers": ("def f(g, u):\n    return g and u #!", "join truth values only"),
     "a large number": ("def f(g, u):\n    return g * 1e39 #!", "that float32 can hold"),
+    "a large default": ("def f(g, u, c=1e39):\n    return g * c #!", "that float32 can hold; got g * c"),
+    "a large default that changes": ("def f(g, u, c=1e39):\n    c *= u #!\n    return g", "hold; got c * u"),
+    "a large product": ("def f(g, u):\n    return g * (1e20 * 1e20) #!", "that float32 can hold"),
+    "a large power": ("def f(g, u):\n    return max(g, 10**400) #!", "that float32 can hold"),
+    "a large exp": ("def f(g, u):\n    return g if u > math.exp(700) else u #!", "that float32 can hold"),
+    "a large answer": ("def f(g, u): #!\n    return 1e20 * 1e20", "return numbers that float32 can hold"),
     "a division by zero": ("def f(g, u):\n    return g * (1 / 0) #!", "compute numbers that exist"),
     "a complex number": ("def f(g, u):\n    return g * 1j #!", "translated expressions only"),
     "a complex root": ("def f(g, u):\n    return g * (-1) ** 0.5 #!", "use numbers only"),
