@@ -86,10 +86,15 @@ extern "C" void launch(void** arguments, const int* grid, const int* block, int 
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     source, library = _folder() / f"{name}.cpp", _folder() / f"{name}.so"
     source.write_text(text)
+    build(source, library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.signature.restype = ctypes.c_char_p
+    return loaded.launch, loaded.signature().decode().split()
+
+
+def build(source: Path, library: Path) -> None:
+    """Compile a source that includes ``cuda_shim.hpp`` and device sources."""
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", "-fno-gnu-unique",
                f"-I{_INCLUDE}", f"-I{_folder()}", str(source), "-o", str(library)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:8000]
-    loaded = ctypes.CDLL(str(library))
-    loaded.signature.restype = ctypes.c_char_p
-    return loaded.launch, loaded.signature().decode().split()

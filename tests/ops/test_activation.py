@@ -343,6 +343,24 @@ def test_own_activations_have_the_same_bits_everywhere(backend, fn):
             assert evaluate.same(got.astype(np.float32), want.astype(np.float32))
 
 
+def own_quotient(gate, up):
+    return gate / up
+
+
+def test_quotients_by_every_mantissa_are_rounded_right(backend):
+    """A power of two by a mantissa of ones is the hardest: just above the middle of two floats."""
+    own = register_activation("test_quotient", own_quotient)
+    count = 2**23 if backend == "cuda" else 2**13
+    mantissas = np.arange(2**23 - count, 2**23, dtype=np.uint32)
+    below = np.random.default_rng(8).integers(0, 2**23, count, dtype=np.uint32)
+    for above in (np.zeros_like(mantissas), below):
+        for exponent in (127, 70, 2):
+            x = np.concatenate([above + (127 << 23), mantissas + (exponent << 23)]).astype(np.uint32).view(np.float32)
+            x = x.reshape(2, -1, 1024).transpose(1, 0, 2).reshape(-1, 2048)
+            y = activation(x, own, backend=backend)
+            np.testing.assert_array_equal(y, x[:, :1024] / x[:, 1024:])
+
+
 def test_inputs_are_unchanged(backend):
     x = sample(8)
     kept = x.copy()

@@ -23,7 +23,12 @@ inline float estimate(double exact, float x) {
     return way == 0 ? nearest : way == 1 ? __uint_as_float(__float_as_uint(nearest) - 1) : way == 2 ? __uint_as_float(__float_as_uint(nearest) + 1) : nearest;
 }
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? copysignf(0, x) : x; }
-inline float rcp_approx(float x) { return estimate(1.0 / double(flushed(x)), x); }
+// Of a mantissa of ones it is the nearest: so the compiler's own division needs it, which has but this estimate and four
+// fused multiplies, and is right.
+inline float rcp_approx(float x) {
+    const double exact = 1.0 / double(flushed(x));
+    return (__float_as_uint(x) & 0x7fffffu) == 0x7fffffu ? float(exact) : estimate(exact, x);
+}
 inline float rsqrt_approx(float x) { return estimate(1.0 / std::sqrt(double(flushed(x))), x); }
 
 inline void red_add_f32(float* to, float x) { *to = flushed(flushed(*to) + flushed(x)); }
