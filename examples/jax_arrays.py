@@ -39,3 +39,11 @@ error = jnp.linalg.norm(y.astype(jnp.float32) - expected) / jnp.linalg.norm(expe
 print(f"{type(y).__name__} {y.dtype} {y.shape} on {y.device}; relative difference from JAX {error:.1e}")
 assert error < 5e-3, error
 assert (model(x) == x + y).all() or jax.default_backend() != "cpu"  # on a GPU y is the GPU's
+
+# The same layer with fp8 weights: codes are uint8 arrays, or float8_e4m3fn ones of the same bits.
+w1_codes, w2_codes, config = pymoe.quantize_experts(w1, w2, "fp8_w8a8")
+as_fp8 = [jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn) for codes in (w1_codes, w2_codes)]
+y8 = pymoe.MoELayer(*as_fp8, topk=TOPK, gate=gate, quant_config=config)(x)
+error = jnp.linalg.norm(y8.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+print(f"{as_fp8[0].dtype} weights: {y8.dtype} on {y8.device}; relative difference {error:.1e}")
+assert y8.dtype == x.dtype and error < 0.1, error

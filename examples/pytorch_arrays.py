@@ -34,3 +34,11 @@ for token, (row, experts) in enumerate(zip(x, ids, strict=True)):
 error = (y.float() - expected).norm() / expected.norm()
 print(f"{type(y).__name__} {y.dtype} {tuple(y.shape)} on {y.device}; relative difference from PyTorch {error:.1e}")
 assert error < 5e-3, error
+
+# The same layer with fp8 weights: codes are uint8 tensors, or float8_e4m3fn ones of the same bits.
+w1_codes, w2_codes, config = pymoe.quantize_experts(w1, w2, "fp8_w8a8")
+as_fp8 = [codes.view(torch.float8_e4m3fn) for codes in (w1_codes, w2_codes)]
+y8 = pymoe.MoELayer(*as_fp8, topk=TOPK, gate=gate, quant_config=config)(x)
+error = (y8.float() - expected).norm() / expected.norm()
+print(f"{as_fp8[0].dtype} weights: {y8.dtype} on {y8.device}; relative difference {error:.1e}")
+assert y8.dtype == x.dtype and error < 0.1, error

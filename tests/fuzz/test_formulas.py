@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+import pymoe
 from pymoe.device import own_activation
 from tests.emulator import emulator
 from tests.formula.evaluate import same
@@ -58,3 +59,18 @@ extern "C" void run(int formula, int n, const float* g, const float* u, float* y
         expected = formula.expected(g, u)
         found += [] if same(y, expected) else [formulas.difference("C++", formula, g, u, y, expected)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("whole", [False, True], ids=["translated", "linked"])
+def test_on_a_gpu(cuda, monkeypatch, whole):
+    if whole:
+        pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (pip install 'pymoe[numba-cu13]')")
+    monkeypatch.setattr(formulas, "UNTRANSLATED", ("abs",))  # float64 of two libraries rounds alike almost always only
+    g, u = operands()
+    for seed in range(300, 308):
+        formula = formulas.Writer(seed, whole).formula()
+        own = pymoe.register_activation(f"test_fuzz_{whole}_{seed}", formula.function())
+        y = pymoe.ops.activation(cuda.asarray(np.concatenate([g, u])[None]), own).get()[0]
+        expected = formula.expected(g, u)
+        assert same(y, expected), formulas.difference("CUDA", formula, g, u, y, expected)

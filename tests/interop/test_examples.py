@@ -21,4 +21,4 @@ def test_example(script, package):
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "bfloat16" in done.stdout
+    assert "bfloat16" in done.stdout and "float8_e4m3fn weights" in done.stdout
