@@ -44,7 +44,7 @@ def operation_of(function: Any) -> ast.operator | None:
 
 
 def numbers(value: Any) -> Any:
-    """Return numbers as they are now, floats as float32, tuples as they are, and arrays as copies.
+    """Return numbers as they are now, floats and what 64 bits cannot hold as float32, and arrays as copies.
 
     Raises
     ------
@@ -55,9 +55,9 @@ def numbers(value: Any) -> Any:
     """
     if isinstance(value, bool | np.bool_):
         return bool(value)
-    if isinstance(value, int | np.integer):
+    if isinstance(value, int | np.integer) and -(2**63) <= value < 2**63:  # what compilers have
         return int(value)
-    if isinstance(value, float | np.floating):
+    if isinstance(value, int | float | np.integer | np.floating):
         return np.float32(float32(value))
     if isinstance(value, tuple):
         return tuple(map(numbers, value))

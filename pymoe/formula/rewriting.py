@@ -215,11 +215,10 @@ class Rewriting(ast.NodeTransformer):
         return all(isinstance(self.given.get(name, 0), int | float) for name in names) and not names & self.own
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
-        if isinstance(node.value, float):
-            return self.bound("number", self.number(ast.unparse(node), node.value, node), node)
         if isinstance(node.value, complex):
             raise self.refuse(node, "use real numbers only")
-        return node
+        number = self.number(ast.unparse(node), node.value, node) if isinstance(node.value, int | float) else 0
+        return node if isinstance(number, int) else self.bound("number", number, node)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         value = self.look_up(node) if isinstance(node.ctx, ast.Load) else OWN

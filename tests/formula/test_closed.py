@@ -320,6 +320,17 @@ def test_calls_are_pythons_on_float32_scalars(fn):
     assert same(run(fn, g, u), by_python(fn, g, u))
 
 
+@pytest.mark.parametrize(
+    "call, operators",
+    [("divmod(x, 0.3)[1]", "(x // 0.3, x % 0.3)[1]"), ("np.remainder(x, 0.3)", "x % 0.3"),
+     ("np.add(x % 2, 1)", "x % 2 + 1")],
+)  # fmt: skip
+def test_calls_that_are_operators(call, operators):
+    """As the compiler's own, CUDA has other remainders, and no np.add at all."""
+    texts = [f"def f(x):\n    return {text}" for text in (call, operators)]
+    assert len({close_function("call", defined(text, np=np), 1).digest for text in texts}) == 1
+
+
 def test_numbers_that_are_known_are_computed_once_in_float64():
     def looped(x):
         while x > 1e30:
@@ -353,6 +364,12 @@ def test_whole_numbers_of_any_float():
     assert same(run(nearest, x), np.rint(held) * 2.0**-30)
     assert same(run(cut, x), np.trunc(held) * 2.0**-29)
     assert [run(fn, np.float32([np.nan]))[0] for fn in (whole, nearest, cut)] == [0, 0, 0]
+
+
+def test_whole_numbers_beyond_64_bits_are_floats():
+    text = "def f(x):\n    return x % 10**30 * 1267650600228229401496703205376 + table[0] - large"
+    fn = defined(text, large=2**97, table=(2**98, -(2**63)))
+    assert same(run(fn, np.float32([1.5, 0.0])), np.float32([1.5 * 2.0**100 + 2.0**97, 2.0**97]))
 
 
 def test_infinities_on_purpose_stay():
