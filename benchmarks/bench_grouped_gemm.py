@@ -26,6 +26,7 @@ from pymoe.codec.fp8 import encode_e4m3
 from pymoe.codec.weights import WeightOperand
 from pymoe.device.jit import compile_all
 from pymoe.ops.grouped_gemm import _cuda
+from pymoe.ops.grouped_gemm._cuda_instances import SWAPPED_STAGES
 from pymoe.ops.permute._cuda import scatter_rows
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -207,8 +208,9 @@ def measure(name, scheme, ops, M, tile_rows):
     x_scale, h_scale = scale(M, K), scale(P, I)
     h, y = cupy.empty((P, I), np.float32 if quantized else BF16), cupy.empty((P, K), BF16)
     weights = cupy.full((M, topk), 1 / topk, np.float32)
-    lists = [_cuda.list_tiles(routing.offsets, P, tile_rows) for routing in routings]
-    copied = _cuda.tile_rows_together(x, ops.w1, tile_rows) is not None
+    even = tile_rows in SWAPPED_STAGES
+    lists = [_cuda.list_tiles(routing.offsets, P, tile_rows, even) for routing in routings]
+    copied = _cuda.tiles_together(x, ops.w1, tile_rows, True) is not None
     together = cupy.empty((P, K), x.dtype) if copied else None
 
     def first(i):

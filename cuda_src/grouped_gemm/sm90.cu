@@ -5,8 +5,8 @@
 // multiplies) or together (half a tile each).  Two blocks are a cluster: they take neighbouring tiles, and where these
 // have the same weights each brings half of them to both.  Rows of `a` are in one piece: a gather by cp.async costs as
 // much as a copy of the rows beforehand where the answer is narrow, and more elsewhere (benchmarks/notes.md).
-#include "common/ptx_sm90.cuh"
 #include "grouped_gemm/sm90_epilogue.cuh"
+#include "grouped_gemm/sm90_ring.cuh"
 
 namespace pymoe {
 
@@ -32,28 +32,6 @@ struct Sm90Instance {
     static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 8 * kSpareBytes;
     static constexpr int kReaders = kTurns ? 8 : 16;            // warps of both blocks that empty one
     static constexpr int kFillRegisters = 24, kMultiplyRegisters = 240;
-};
-
-// Stages and their barriers in shared memory, by the running number of a stage.
-template <class I>
-struct Stages {
-    uint32 base;
-
-    __device__ __forceinline__ uint32 rows(int32 slot) const { return base + slot * I::kStageBytes; }
-    __device__ __forceinline__ uint32 weights(int32 slot) const { return rows(slot) + I::kRowsBytes; }
-    __device__ __forceinline__ uint32 full(int32 slot) const {
-        return base + I::kStages * I::kStageBytes + 8 * I::kSpareBytes + 16 * slot;
-    }
-    __device__ __forceinline__ uint32 empty(int32 slot) const { return full(slot) + 8; }
-};
-
-// A place in the ring, as the running number of a stage.
-template <class I>
-struct Place {
-    uint32 number = 0;
-
-    __device__ __forceinline__ int32 slot() const { return number % I::kStages; }
-    __device__ __forceinline__ uint32 parity() const { return number / I::kStages % 2; }
 };
 
 // The tiles of a block: every gridDim.x-th, in the order of find_tile.  The two blocks of a cluster have neighbours; where
@@ -124,27 +102,6 @@ __device__ __forceinline__ void fill_all(const MappedArguments& p, const Stages<
     }
 }
 
-// Gives a stage back to all that fill it, by one warp.
-__device__ __forceinline__ void give_back(uint32 empty) {
-    const uint32 block = threadIdx.x % 32;
-    if (block < 2) ptx::mbarrier_arrive_at(empty, block);
-}
-
-// Who multiplies next, where warpgroups take turns.  A wait for a stage names only the parity of its phase: a warpgroup
-// that began before the other had seen its last stage full would take a stage of the phase before for its own.
-struct Turns {
-    int32 group;
-
-    __device__ __forceinline__ void wait() const { ptx::barrier_wait(1 + group, 256); }
-    __device__ __forceinline__ void pass_on() const { ptx::barrier_arrive(2 - group, 256); }
-};
-
-// Of an operand in rows of 128 swizzled bytes, groups of eight rows 1024 bytes apart.
-__device__ __forceinline__ uint64 operand(uint32 shared) {
-    constexpr uint64 kSwizzle128 = 1ull << 62, kGroupPitch = (1024ull >> 4) << 32;
-    return kSwizzle128 | kGroupPitch | 1ull << 16 | (shared & 0x3ffff) >> 4;
-}
-
 // The sums of the first kLive blocks of 64 rows; `first`: the warpgroup's first row of the tile.
 template <class I, int kLive>
 __device__ __forceinline__ void multiply_tile(float (&sums)[I::kBlocks][I::kColumns / 2], const Stages<I>& ring,
@@ -162,9 +119,9 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[I::kBlocks][I::kColu
             for (int m = 0; m < kLive; ++m) {
                 const uint64 rows = a + (m * 64 * 128 + k * 32 >> 4), weights = b + (k * 32 >> 4);
                 if constexpr (I::kFormat == Format::kBF16) {
-                    ptx::wgmma_m64k16_bf16(sums[m], rows, weights, s > 0 || k > 0);
+                    ptx::wgmma_m64k16_bf16(ptx::Columns<I::kColumns>(), sums[m], rows, weights, s > 0 || k > 0);
                 } else {
-                    ptx::wgmma_m64k16_fp16(sums[m], rows, weights, s > 0 || k > 0);
+                    ptx::wgmma_m64k16_fp16(ptx::Columns<I::kColumns>(), sums[m], rows, weights, s > 0 || k > 0);
                 }
             }
         }
@@ -310,14 +267,7 @@ __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
     const Stages<I> ring = {ptx::shared_address(shared_memory)};
     if (ptx::dynamic_shared_bytes() < I::kSharedBytes || ring.base % 1024 != 0) __trap();
     if (kTurns && (!is_direct<kFormat>(p.gemm) || p.gemm.activated != kGated)) __trap();
-    if (threadIdx.x == 0) {
-        for (int32 s = 0; s < I::kStages; ++s) {
-            ptx::mbarrier_init(ring.full(s), 1);
-            ptx::mbarrier_init(ring.empty(s), I::kReaders);
-        }
-        ptx::fence_mbarrier_init();
-    }
-    ptx::cluster_sync();
+    start_ring(ring);
     const int32 warpgroup = threadIdx.x / 128;
     if (warpgroup == 0) {
         ptx::setmaxnreg_dec<I::kFillRegisters>();

@@ -18,14 +18,14 @@ struct Sizes {
     int ids_kind, ids_end;
     int warps;            // that rank slots
     int fill_count, fill; // PADDED, PACKED: length of row_to_slot and what its unused places hold
-    int tile_capacity, tile_rows, slab_rows;
+    int tile_capacity, tile_rows, slab_rows, even;
 };
 
 __device__ __forceinline__ Routing routing_of(const void* ids, const int32* expert_map, const Sizes& n) {
     return {ids, n.ids_kind, expert_map, n.ids_end, n.E, n.topk};
 }
 
-// Shared memory: 4 (SCRATCH + 3 E + S) + 2 warps E bytes, the parts rounded up to 16 bytes; PACKED: 4 S more.
+// Shared memory: 4 (SCRATCH + 4 E + S) + 2 warps E bytes, the parts rounded up to 16 bytes; PACKED: 4 S more.
 template <Layout LAYOUT>
 __global__ void __launch_bounds__(1024, 1)
     permute_kernel(int32* row_to_slot, int32* slot_to_row, int32* offsets, int4* tiles, int32* tile_experts,
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(1024, 1)
     int32* total = reinterpret_cast<int32*>(shared_memory);
     int32 *counts = total + SCRATCH, *start = counts + n.E;
     int32* tile_start = start + n.E;
-    uint4* zeros = reinterpret_cast<uint4*>(shared_memory + (4 * (SCRATCH + 3 * n.E) + 15) / 16 * 16);
+    uint4* zeros = reinterpret_cast<uint4*>(shared_memory + (4 * (SCRATCH + 4 * n.E) + 15) / 16 * 16);
     uint16* hist = reinterpret_cast<uint16*>(zeros);
     int words = (2 * n.warps * n.E + 15) / 16;
     uint32* state = reinterpret_cast<uint32*>(zeros + words);
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(1024, 1)
     __syncthreads();
     rank_slots<LAYOUT>(hist, state, routing, 0, n.S, n.warps);
     sum_warps(counts, hist, n.E, n.warps);
-    Sorted out = {offsets, tiles, tile_experts, tile_count, labels, n.tile_capacity, n.tile_rows, n.slab_rows};
+    Sorted out = {offsets, tiles, tile_experts, tile_count, labels, n.tile_capacity, n.tile_rows, n.slab_rows,
+                  n.even};
     lay_out<LAYOUT>(start, counts, tile_start, total, out, n.E);
     // Scattered into shared memory and then copied: scattered stores leave a multiprocessor one at a time.
     place_slots<LAYOUT>(LAYOUT == PACKED ? staged : row_to_slot, slot_to_row, start, hist, state, routing, 0, n.S,
@@ -82,7 +83,7 @@ __global__ void permute_count_kernel(int32* segment_counts, int32* row_to_slot, 
 }
 
 // One block.  Turns segment_counts into sums over the segments before, writes the experts' first rows to starts (E) and
-// all that does not depend on single slots.  Shared memory: 4 (SCRATCH + 3 E + max(E, threads)) bytes.
+// all that does not depend on single slots.  Shared memory: 4 (SCRATCH + 4 E + max(E, threads)) bytes.
 template <Layout LAYOUT>
 __global__ void __launch_bounds__(1024, 1)
     permute_scan_kernel(int32* segment_counts, int32* starts, int32* offsets, int4* tiles,
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(1024, 1)
     constexpr int AHEAD = 8;  // loads in flight; the sum alone would wait for each
     int32* total = reinterpret_cast<int32*>(shared_memory);
     int32 *counts = total + SCRATCH, *start = counts + n.E;
-    int32 *tile_start = start + n.E, *part_sums = tile_start + n.E;
+    int32 *tile_start = start + n.E, *part_sums = tile_start + 2 * n.E;
     // Threads that share an expert take equal runs of the segments.
     int parts = max(1, static_cast<int>(blockDim.x) / max(n.E, 1));
     int run = (segments + parts - 1) / parts;
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(1024, 1)
             }
         }
     }
-    Sorted out = {offsets, tiles, tile_experts, tile_count, labels, n.tile_capacity, n.tile_rows, n.slab_rows};
+    Sorted out = {offsets, tiles, tile_experts, tile_count, labels, n.tile_capacity, n.tile_rows, n.slab_rows,
+                  n.even};
     lay_out<LAYOUT>(start, counts, tile_start, total, out, n.E);
     for (int e = threadIdx.x; e < n.E; e += blockDim.x) starts[e] = start[e];
 }
@@ -156,7 +158,7 @@ __global__ void work_list_kernel(int4* tiles, int32* tile_count, const int32* co
     int32* total = reinterpret_cast<int32*>(shared_memory);
     int32 *live = total + SCRATCH, *start = live + E, *tile_start = start + E;
     for (int e = threadIdx.x; e < E; e += blockDim.x) live[e] = max(counts[e], 0);
-    Sorted out = {nullptr, tiles, nullptr, tile_count, nullptr, 0, tile_rows, slab_rows};
+    Sorted out = {nullptr, tiles, nullptr, tile_count, nullptr, 0, tile_rows, slab_rows, 0};
     lay_out<SLABS>(start, live, tile_start, total, out, E);
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/elements.cuh"
+#include "common/even_tiles.cuh"
 #include "common/scan.cuh"
 
 namespace pymoe {
@@ -176,13 +177,20 @@ struct Sorted {
     int tile_capacity;   // PADDED: length of tile_experts
     int tile_rows;
     int slab_rows;
+    int even;            // PACKED: tiles are those of common/even_tiles.cuh
 };
 
 // From the rows of each expert: the row each starts at (start, E), the list of tiles, and what else the layout promises.
-// All threads of the block; counts, start and tile_start (E) are shared memory.  Begins with a barrier.
+// All threads of the block; counts, start (E) and tile_start (2 E) are shared memory.  Begins with a barrier.
 template <Layout LAYOUT>
 __device__ void lay_out(int32* start, int32* counts, int32* tile_start, int32* total_tiles, const Sorted& out, int E) {
     __syncthreads();
+    const bool even = LAYOUT == PACKED && out.even;
+    EvenSplit* splits = reinterpret_cast<EvenSplit*>(tile_start);
+    if (even) {
+        for (int e = threadIdx.x; e < E; e += blockDim.x) splits[e] = EvenSplit::of(counts[e], out.tile_rows);
+        __syncthreads();
+    }
     // One warp adds up: the others would only take its turns.
     if (threadIdx.x < WARP) {
         int each = (E + WARP - 1) / WARP;
@@ -192,6 +200,7 @@ __device__ void lay_out(int32* start, int32* counts, int32* tile_start, int32* t
         // Rows below, tiles above: one sum of both.
         auto both_of = [&](int e) {
             int rows = LAYOUT == SLABS ? min(counts[e], out.slab_rows) : counts[e];
+            if (even) return static_cast<uint64>(splits[e].tiles()) << 32 | static_cast<uint32>(rows);
             uint32 most = static_cast<uint32>(rows + out.tile_rows - 1);
             uint32 tiles = is_power ? most >> shift : most / static_cast<uint32>(out.tile_rows);  // divisions are slow
             return static_cast<uint64>(tiles) << 32 | static_cast<uint32>(rows);
@@ -202,7 +211,7 @@ __device__ void lay_out(int32* start, int32* counts, int32* tile_start, int32* t
         for (int e = first; e < last; ++e) {
             int32 rows = static_cast<int32>(running), tiles = static_cast<int32>(running >> 32);
             running += both_of(e);
-            tile_start[e] = tiles;
+            if (!even) tile_start[e] = tiles;
             start[e] = LAYOUT == PACKED ? rows : LAYOUT == PADDED ? tiles * out.tile_rows : e * out.slab_rows;
             if (LAYOUT == SLABS) counts[e] = min(counts[e], out.slab_rows);
         }
@@ -222,6 +231,9 @@ __device__ void lay_out(int32* start, int32* counts, int32* tile_start, int32* t
             int e = t < tiles ? last_at_most(tile_start, E, t) : -1;
             out.tile_experts[t] = e < 0 || out.labels == nullptr ? e : out.labels[e];
         }
+    } else if (even) {
+        list_even_tiles(out.tiles, tiles, splits, tile_start + E, E,
+                        [&](int e) { return start[e]; }, [&](int e) { return counts[e]; });
     } else {
         for (int t = threadIdx.x; t < tiles; t += blockDim.x) {
             int e = last_at_most(tile_start, E, t);

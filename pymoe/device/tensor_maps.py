@@ -13,8 +13,10 @@ MAP_BYTES = 128
 
 
 @lru_cache(maxsize=1024)
-def tensor_map(address: int, itemsize: int, shape: tuple[int, ...], box: tuple[int, ...]) -> bytes:
-    """Return the map of a C-contiguous array whose boxes go to shared memory in swizzled rows of 128 bytes.
+def tensor_map(
+    address: int, itemsize: int, shape: tuple[int, ...], box: tuple[int, ...], pitches: tuple[int, ...] | None = None
+) -> bytes:
+    """Return the map of an array whose boxes go to shared memory in swizzled rows of 128 bytes.
 
     A map follows from its arguments alone, so that keeping it is safe whatever comes to lie at the address.  What a box
     names outside the array arrives as zeros.
@@ -27,6 +29,8 @@ def tensor_map(address: int, itemsize: int, shape: tuple[int, ...], box: tuple[i
         1 or 2 bytes; the copy does not look at the elements.
     shape, box : tuple of int
         Extents of the array and of a box, the last one along the rows; a row of a box has 128 bytes.
+    pitches : tuple of int, optional
+        Elements from one index to the next along every axis but the last, in any order of size; default C order.
 
     Raises
     ------
@@ -38,13 +42,14 @@ def tensor_map(address: int, itemsize: int, shape: tuple[int, ...], box: tuple[i
 
     kinds = driver.CUtensorMapDataType
     kind = {1: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16}[itemsize]
-    pitches = [itemsize * int(np.prod(shape[i:], dtype=np.int64)) for i in range(len(shape) - 1, 0, -1)]
+    if pitches is None:
+        pitches = tuple(int(np.prod(shape[i:], dtype=np.int64)) for i in range(1, len(shape)))
     status, encoded = driver.cuTensorMapEncodeTiled(
         kind,
         len(shape),
         address,
         [driver.cuuint64_t(extent) for extent in reversed(shape)],
-        [driver.cuuint64_t(pitch) for pitch in pitches],
+        [driver.cuuint64_t(itemsize * pitch) for pitch in reversed(pitches)],
         [driver.cuuint32_t(extent) for extent in reversed(box)],
         [driver.cuuint32_t(1)] * len(shape),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

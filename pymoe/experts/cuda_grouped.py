@@ -121,17 +121,19 @@ def grouped_experts(
     intermediate, rows = arenas
     M, topk = routing.topk_ids.shape
     E_local, K = weights.w2.codes.shape[:2]
-    tile_rows = gemm.choose_tile_rows(M, topk, E_local, routing.num_experts)
-    rows_together = gemm.tile_rows_together(a, weights.w1, tile_rows)
-    row_map = sort.permute(routing.topk_ids, E_local, routing.expert_map, rows_together or tile_rows, empty=rows.empty)
+    added = not config.deterministic
+    direct = weights.w1.key is None and not added and weights.are_direct(config.rows_dtype)
+    spread = (M, topk, E_local, routing.num_experts)
+    tiles = gemm.tiles_together(a, weights.w1, gemm.rows_of_an_expert(*spread), direct)
+    tile_rows, even = tiles or (gemm.choose_tile_rows(*spread), False)
+    row_map = sort.permute(routing.topk_ids, E_local, routing.expert_map, tile_rows, even=even, empty=rows.empty)
     combined = rows.empty(*_combined(M, K, topk, config))
     source: tuple[Array, int] | None = (row_map.row_to_slot, topk)
-    if rows_together is not None:
+    if tiles is not None:
         # In the memory of the routed rows: GEMM2, which writes them, follows GEMM1, which reads these.
         together = combined.reshape(-1).view(a.dtype)[: M * topk * K].reshape(M * topk, K)
         sort.scatter_rows(a, row_map.slot_to_row, together)
         a, source = together, None
-    added = not config.deterministic
     if added:
         combined = output if output.dtype == np.float32 else combined[:M]
     weighed = gemm.Routed(row_map.row_to_slot, routing.topk_weights, topk if added else 0)

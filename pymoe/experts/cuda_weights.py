@@ -79,6 +79,14 @@ class CudaExpertWeights:
         first = WeightOperand.from_quant_config(w1, config.w1, config, K, interleaved=act.is_interleaved)
         return cls(first, WeightOperand.from_quant_config(w2, config.w2, config, width), act, config, np.dtype(dtype))
 
+    def are_direct(self, rows_dtype: Any) -> bool:
+        """Return whether the answers of both GEMMs, GEMM2's of `rows_dtype`, can go from registers to their rows."""
+        from pymoe.ops.grouped_gemm import _cuda as gemm
+
+        K, width = self.w2.codes.shape[1], self.w2.K
+        first = gemm.is_direct(self.activation, width, self.hidden_dtype, self.hidden_dtype)
+        return first and gemm.is_direct(None, K, self.hidden_dtype, rows_dtype)
+
     def routed_rows(
         self,
         a: Array,

@@ -11,7 +11,8 @@ GEMM = "grouped_gemm/grouped_gemm.cu"
 """The unit of the tensor-core GEMM."""
 
 SM90 = "grouped_gemm/sm90.cu"
-"""The unit of the GEMM for sm_90a; no other unit's instructions are prescribed."""
+SM90_UNITS = (SM90, "grouped_gemm/sm90_swapped.cu")
+"""The units of the GEMMs for sm_90a; no other unit's instructions are prescribed."""
 
 MAY_SPILL: dict[str, str] = {}
 """Expression prefix -> why this kernel may keep registers in memory."""
@@ -25,7 +26,7 @@ def wants_sass(kernel: KernelId) -> bool:
 
     Which instructions multiply and load follows from the formats, not from the tile: one tile class stands for all.
     """
-    return kernel.unit == SM90 or (kernel.unit == GEMM and tile_rows(kernel) in (None, 64))
+    return kernel.unit in SM90_UNITS or (kernel.unit == GEMM and tile_rows(kernel) in (None, 64))
 
 
 def tile_rows(kernel: KernelId) -> int | None:
@@ -44,7 +45,7 @@ def faults(kernel: KernelId, arch: str, facts: Facts) -> list[str]:
         found.append(f"has a stack frame of {facts.stack_bytes} bytes")
     if kernel.unit == GEMM and facts.opcodes is not None:
         found += gemm_faults(kernel, arch, facts)
-    if kernel.unit == SM90 and facts.opcodes is not None:
+    if kernel.unit in SM90_UNITS and facts.opcodes is not None:
         found += sm90_faults(facts)
     return [f"{kernel.expression} on {arch}: {fault}" for fault in found]
 

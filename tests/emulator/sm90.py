@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -14,12 +15,15 @@ MULTIPROCESSORS = 5
 """Room for two clusters, and one left over."""
 
 
-def tensor_map(address, itemsize, shape, box):
+def tensor_map(address, itemsize, shape, box, pitches=None):
     """Return `EmulatedMap` of ``common/ptx_sm90.cuh`` in the place of the driver's map."""
     assert address % 16 == 0 and box[-1] * itemsize == 128 and all(extent <= 256 for extent in box)
     assert shape[-1] * itemsize % 16 == 0
-    extents, boxes = ((*reversed(x), *[1] * (3 - len(x))) for x in (shape, box))
-    return struct.pack("<4Q4I", address, *extents, *boxes, itemsize).ljust(128, b"\0")
+    pitches = pitches or [math.prod(shape[i:]) for i in range(1, len(shape))]
+    assert all(pitch * itemsize % 16 == 0 for pitch in pitches)
+    extents, boxes = ((*reversed(x), *[1] * (4 - len(x))) for x in (shape, box))
+    pitches = (1, *reversed(pitches), *[0] * (4 - len(shape)))
+    return struct.pack("<9Q5I", address, *extents, *pitches, *boxes, itemsize).ljust(128, b"\0")
 
 
 @contextmanager

@@ -79,18 +79,42 @@ def test_sm90a_multiplies_16_bit_floats_in_one_piece_its_own_way(a, rows):
     assert not any(instance.mapped for instance in others)
 
 
+@pytest.mark.parametrize("a", ["BF16", "FP16"])
+@pytest.mark.parametrize("rows", [96, 192])
+def test_lists_of_even_tiles_are_for_swapped_operands(a, rows):
+    """Where answers are direct; other answers, architectures and rows that lie apart take the list all the same."""
+    known = Operands(a, a, 2048, scattered=False)
+    for K, activated in itertools.product((8, 8192, 14336), (False, True)):
+        instance = choose(known._replace(K=K, activated=activated), rows, "sm_90a")
+        flags = f"{str(activated).lower()}, {rows}"
+        assert formats(instance) == f"pymoe::grouped_gemm_sm90_swapped_kernel<{a}, {flags}>"
+        assert instance.mapped and instance.swapped and instance in all_instances("sm_90a")
+    others = [choose(known, rows, arch) for arch in ARCHS if arch != "sm_90a"]
+    others += [
+        choose(known._replace(**other), rows, "sm_90a") for other in ({"scattered": True}, {"K": 0}, {"a": "F32"})
+    ]
+    assert not any(instance.mapped for instance in others)
+    others.append(choose(known._replace(direct=False), rows, "sm_90a"))
+    assert others[-1].mapped == (rows <= 128)
+    for instance in others:
+        assert not instance.swapped and instance.rows * 2 >= rows and instance.rows in TILE_ROWS
+
+
 def test_which_rows_are_copied_together(monkeypatch):
     from pymoe.codec.weights import WeightOperand
     from pymoe.ops.grouped_gemm import _cuda
 
-    def asked(arch, dtype, weights, tile_rows, K=64):
+    def asked(arch, dtype, weights, expert_rows, K=64, direct=True):
         monkeypatch.setattr(_cuda.archs, "current_arch", lambda: arch)
         operand = WeightOperand.unquantized(np.zeros((1, 8, K), weights))
-        return _cuda.tile_rows_together(np.zeros((1, K), dtype), operand, tile_rows)
+        return _cuda.tiles_together(np.zeros((1, K), dtype), operand, expert_rows, direct)
 
     bf16 = ml_dtypes.bfloat16
-    assert [asked("sm_90a", bf16, bf16, rows) for rows in TILE_ROWS] == [None, 128, 128]
-    assert asked("sm_90a", np.float16, np.float16, 128) == 128
+    few, many = (96, True), (192, True)
+    expected = {0: None, 24: None, 25: few, 64: few, 78: few, 79: many, 128: many, 346: many, 347: (128, False)}
+    assert {rows: asked("sm_90a", bf16, bf16, rows) for rows in expected} == expected
+    assert [asked("sm_90a", bf16, bf16, rows, direct=False) for rows in (24, 25, 128)] == [None, *[(128, False)] * 2]
+    assert asked("sm_90a", np.float16, np.float16, 1000) == (128, False)
     assert asked("sm_90a", np.float16, bf16, 128) is asked("sm_90a", np.float32, np.float32, 128) is None
     assert asked("sm_90a", bf16, bf16, 128, K=60) is asked("sm_100a", bf16, bf16, 128) is None
     assert asked("sm_90a", np.uint8, bf16, 128) is None  # codes
@@ -112,7 +136,8 @@ def test_blocks_fit_their_architecture(arch):
         assert instance.shared_bytes <= ARCHS[arch].shared_bytes
         own = instance.mapped
         assert instance.threads == 384 if own else instance.threads <= 256
-        assert instance.rows in TILE_ROWS and instance.columns in ((192, 256) if own else (64, 128))
+        assert instance.rows in ((96, 192) if instance.swapped else TILE_ROWS)
+        assert instance.columns in ((192, 256) if own and not instance.swapped else (64, 128))
 
 
 def test_native_is_what_tensor_cores_multiply_as_it_is():

@@ -1,7 +1,8 @@
-"""The grouped GEMM of sm_90a beside the portable one: the same bits, whatever the routing.
+"""The grouped GEMMs of sm_90a beside the portable one: the same bits, whatever the routing.
 
 It runs on such a GPU and, without one, as g++ compiles it, where tensor copies and multiplies happen as late as they
-may.  A work list for tiles of 16 rows goes the portable way, which `test_grouped_gemm_cuda` holds to float64.
+may.  A work list for tiles of 16 rows goes the portable way, which `test_grouped_gemm_cuda` holds to float64; lists for
+64 and 128 rows, and for 96 and 192, are for the two kernels.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ ACTIVATIONS = {
     "apart": ActivationConfig("gelu_tanh"),
     "ungated": ActivationConfig("relu2_no_mul"),
 }
+SWAPPED = (96, 192)
+"""Tiles whose lists are for swapped operands, where answers are direct."""
 SIZES = {"cuda": (7, 1992, 328, 6000), "emulated": (4, 392, 328, 420)}
 """E, N, K, P: tails of every extent, and several tiles for each block, so that both warpgroups come round again."""
 
@@ -88,17 +91,18 @@ def multiply(device, a, operand, offsets, tile_rows, act=None, out_dtype=np.floa
         is_sent = lambda x: isinstance(x, np.ndarray) and device == "cuda"  # noqa: E731
         routed = _cuda.Routed(*(devices.to_cupy(x) if is_sent(x) else x for x in routed))
     options = {"activation": act, "routed": routed}
+    even = tile_rows in SWAPPED
     shape = (len(a), N if act is None else act.width(N))
     if device == "emulated":
         out = np.full(shape[0] * shape[1] * np.dtype(out_dtype).itemsize, 0xFF, np.uint8).view(out_dtype).reshape(shape)
         out = out if given is None else given
         with sm90.emulation():
-            _cuda.grouped_gemm(a, operand, _cuda.list_tiles(offsets, len(a), tile_rows), out=out, **options)
+            _cuda.grouped_gemm(a, operand, _cuda.list_tiles(offsets, len(a), tile_rows, even), out=out, **options)
         return out
     a, offsets = devices.to_cupy(a), devices.to_cupy(offsets)
     out = gpu.filled(shape, out_dtype) if given is None else devices.to_cupy(given)
     sent = dataclasses.replace(operand, codes=devices.to_cupy(operand.codes), bias=devices.to_cupy(operand.bias))
-    _cuda.grouped_gemm(a, sent, _cuda.list_tiles(offsets, len(a), tile_rows), out=out, **options)
+    _cuda.grouped_gemm(a, sent, _cuda.list_tiles(offsets, len(a), tile_rows, even), out=out, **options)
     return out.get()
 
 
@@ -128,7 +132,7 @@ def test_the_bits_of_the_portable_path(device, dtype, kind, routing, fill):
     act, offsets = ACTIVATIONS[kind], offsets_of(routing, E, P)
     a, operand = problem(E, N, K, P, DTYPES[dtype])
     out_dtype = np.float32 if act is None else DTYPES[dtype]
-    answers = [multiply(device, a, operand, offsets, rows, act, out_dtype) for rows in (16, 64, 128)]
+    answers = [multiply(device, a, operand, offsets, rows, act, out_dtype) for rows in (16, 64, 128, *SWAPPED)]
     live = offsets[-1]
     assert np.isfinite(answers[0][:live].astype(np.float32)).all()
     for other in answers[1:]:
@@ -148,7 +152,7 @@ def test_router_weights(device, dtype, routing):
     slots[offsets[-1] :] = -(2**31)
     live = slice(offsets[-1])
     rows = multiply(device, a, operand, offsets, 16)[live] * weights[slots[live]]
-    for tile_rows in (16, 64, 128):
+    for tile_rows in (16, 64, 128, *SWAPPED):
         y = multiply(device, a, operand, offsets, tile_rows, None, DTYPES[dtype], (slots, weights))
         np.testing.assert_array_equal(bits(y[live]), bits(rows.astype(DTYPES[dtype])))
 
@@ -164,7 +168,7 @@ def test_rows_are_added_to_their_tokens(device):
     expected = np.full((M, 400), 7)
     np.add.at(expected, slots[:390] // topk, 2 * rows)
     weights = np.full((M, topk), 2, np.float32)
-    for tile_rows in (64, 128):
+    for tile_rows in (64, 128, *SWAPPED):
         out = np.full((M, 400), 7, np.float32)
         y = multiply(
             device, a.astype(np.float16), operand, offsets, tile_rows, None, np.float32, (slots, weights, topk), out
@@ -172,12 +176,12 @@ def test_rows_are_added_to_their_tokens(device):
         np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("N, K", [(1, 8), (8, 64), (190, 72), (192, 1024), (386, 584)])
+@pytest.mark.parametrize("N, K", [(1, 8), (8, 64), (190, 72), (192, 1024), (386, 584), (132, 64), (388, 64)])
 def test_extents_around_a_tile(device, N, K):
     a, operand = problem(3, N, K, 200, ml_dtypes.bfloat16)
     offsets = offsets_of("even", 3, 200)
     expected = multiply(device, a, operand, offsets, 16)
-    for tile_rows in (64, 128):
+    for tile_rows in (64, 128, *SWAPPED):
         np.testing.assert_array_equal(multiply(device, a, operand, offsets, tile_rows), expected)
 
 
@@ -189,10 +193,10 @@ def test_numbers_at_the_ends_of_the_format(device):
     given = np.array([2.0**-133, -(2.0**-130), 2.0**-126, 3e38, -3e38, np.inf, -np.inf, np.nan, -0.0, 0.0], dtype)
     a[rng.integers(0, 300, 100), rng.integers(0, 256, 100)] = given[rng.integers(0, len(given), 100)]
     a[5], a[6] = 2.0**-130, 0  # sums of subnormal numbers, and of zeros
-    answers = [multiply(device, a, operand, offsets, rows) for rows in (16, 64, 128)]
+    answers = [multiply(device, a, operand, offsets, rows) for rows in (16, 64, 128, *SWAPPED)]
     same = [np.where(np.isnan(y), np.uint32(0x7FC00000), bits(y)) for y in answers]
-    np.testing.assert_array_equal(same[1], same[0])
-    np.testing.assert_array_equal(same[2], same[0])
+    for other in same[1:]:
+        np.testing.assert_array_equal(other, same[0])
 
 
 @pytest.mark.parametrize("kind", ["halves", "alternating", "own"])
@@ -205,7 +209,7 @@ def test_gates_whose_quotient_is_far_from_one(device, kind):
     a[:40], a[40, 3], a[41, 5] = 0, np.inf, np.nan
     a[50:60] = (a[50:60].astype(np.float32) * 1e-30).astype(dtype)
     offsets, act = offsets_of("even", 3, 300), ActivationConfig("silu") if kind == "halves" else ACTIVATIONS[kind]
-    first, *others = (multiply(device, a, operand, offsets, rows, act, dtype) for rows in (16, 64, 128))
+    first, *others = (multiply(device, a, operand, offsets, rows, act, dtype) for rows in (16, 64, 128, *SWAPPED))
     for y in others:
         np.testing.assert_array_equal(np.isnan(y), np.isnan(first))
         np.testing.assert_array_equal(bits(np.nan_to_num(y)), bits(np.nan_to_num(first)))
@@ -227,6 +231,19 @@ def test_both_warpgroups_together(device, kind, K, monkeypatch):
         np.testing.assert_array_equal(bits(other), bits(expected))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_number_of_rows(device, gated):
+    """Experts of 1 to 200 rows: each number of columns that a multiply has, one tile and two, full pieces and none."""
+    counts = np.r_[1:201] if device == "cuda" else np.array([1, 8, 9, 47, 95, 96, 97, 143, 184, 191, 192, 193, 200])
+    offsets = np.r_[0, np.cumsum(counts)].astype(np.int32)
+    a, operand = problem(len(counts), 72, 64, offsets[-1], ml_dtypes.bfloat16)
+    act = ACTIVATIONS["halves"] if gated else None
+    expected = multiply(device, a, operand, offsets, 16, act, ml_dtypes.bfloat16)
+    for tile_rows in SWAPPED:
+        found = multiply(device, a, operand, offsets, tile_rows, act, ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(bits(found), bits(expected))
+
+
 FAULTS = {
     "none": ("", ""),
     "turns are not waited for": ("{ ptx::barrier_wait(1 + group, 256); }", "{}"),
@@ -244,6 +261,25 @@ FAULTS = {
     "both blocks bring the same half": ("half ? second : first", "first"),
     "a block ends before its neighbour": ("    ptx::cluster_sync();  // the other", "    // the other"),
 }
+SWAPPED_FAULTS = {
+    "none": ("", ""),
+    "turns are not waited for": ("{ ptx::barrier_wait(1 + group, 256); }", "{}"),
+    "a stage is multiplied before it is full": ("ptx::mbarrier_wait(ring.full(at.slot()), at.parity());", ""),
+    "a stage is filled before it is empty": ("ptx::mbarrier_wait(ring.empty(at.slot()), at.parity() ^ 1);", ""),
+    "a stage is given back under its multiplies": ("ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),
+    "a stage is given back to one block": ("if (block < 2) ptx::mbarrier", "if (block < 1) ptx::mbarrier"),
+    "sums are stored before they are there": ("    ptx::wgmma_wait<0>();\n", "ptx::wgmma_wait<1>();\n"),
+    "the other's stages are not skipped": ("        at.number += steps;  // the other's tile", ""),
+    "the next tile is noted before all have stored this one": (
+        "        store_swapped<I>(p, sums);\n        __syncwarp();\n", "        store_swapped<I>(p, sums);\n"
+    ),
+    "the last rows of a tile are not copied": ("(tile.rows + I::kBoxRows - 1)", "(tile.rows - 1)"),
+    "rows are shared by tiles of two experts": ("tile.first_row == other.first_row && tile.rows == other.rows", "true"),
+    "both blocks bring the same rows": ("box = shared ? half : 0;", "box = 0;"),
+    "fewer rows are multiplied": ("if (rows > kRows) return", "if (rows > kRows + 8) return"),
+    "a block ends before its neighbour": ("    ptx::cluster_sync();  // the other", "    // the other"),
+}  # fmt: skip
+ALL_FAULTS = {"sm90.cu": FAULTS, "sm90_swapped.cu": SWAPPED_FAULTS}
 PROGRAM = """
 import sys
 import numpy as np, ml_dtypes
@@ -252,30 +288,36 @@ from pymoe.codec.weights import WeightOperand
 from pymoe.ops.grouped_gemm import _cuda
 from tests.emulator import emulator, sm90
 
-path = emulator._folder() / "grouped_gemm/sm90.cu"
-text, (old, new) = path.read_text(), sys.argv[1:]
-assert not old or text.count(old) == 1
-path.write_text(text.replace(old, new) if old else text)
+unit, old, new = sys.argv[1:]
+paths = [emulator._folder() / "grouped_gemm" / name for name in (unit, "sm90_ring.cuh")]
+if old:
+    (path,) = (path for path in paths if old in path.read_text())
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
 rng = np.random.default_rng(0)
-a, w = (rng.integers(-3, 4, shape).astype(ml_dtypes.bfloat16) for shape in ((400, 400), (2, 400, 400)))
+N = 400 if unit == "sm90.cu" else 328  # an odd number of tiles, so that neighbours may have other rows or weights
+a, w = (rng.integers(-3, 4, shape).astype(ml_dtypes.bfloat16) for shape in ((400, 400), (2, N, 400)))
 offsets, weights = np.array([0, 130, 400], np.int32), WeightOperand.unquantized(w)
 wide = [x.astype(np.float32) for x in (a[:130], w[0], a[130:], w[1])]
 sums = np.concatenate([wide[0] @ wide[1].T, wide[2] @ wide[3].T])
 with sm90.emulation():
     # From registers, in turns; and by way of shared memory, which an activation without a gate takes, together.
-    for act, expected in ((None, sums), (ActivationConfig("relu2_no_mul"), np.maximum(sums, 0) ** 2)):
-        out = np.full((400, 400), np.nan, np.float32)
-        _cuda.grouped_gemm(a, weights, _cuda.list_tiles(offsets, 400, 128), activation=act, out=out)
+    relu2 = (ActivationConfig("relu2_no_mul"), np.maximum(sums, 0) ** 2)
+    for act, expected in ((None, sums), relu2) if unit == "sm90.cu" else ((None, sums),):
+        out = np.full((400, N), np.nan, np.float32)
+        tiles = _cuda.list_tiles(offsets, 400, 128 if unit == "sm90.cu" else 192, unit != "sm90.cu")
+        _cuda.grouped_gemm(a, weights, tiles, activation=act, out=out)
         if not np.array_equal(out, expected):
             sys.exit(3)
 """
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_wait_is_needed(fault):
+@pytest.mark.parametrize("unit, fault", [(unit, fault) for unit, faults in ALL_FAULTS.items() for fault in faults])
+def test_each_wait_is_needed(unit, fault):
     """Without any one of them the sums are wrong, or threads wait for ever, which ends the emulator."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *FAULTS[fault]], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", PROGRAM, unit, *ALL_FAULTS[unit][fault]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     said = f"{done.returncode}: {done.stderr[-2000:]}"
     if fault == "none":
         assert done.returncode == 0, said

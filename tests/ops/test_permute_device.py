@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pymoe.ops.grouped_gemm import _cuda as gemm
 from pymoe.ops.permute import _cuda, _numpy
 from tests.ops import devices
 from tests.ops.devices import DEVICES
@@ -16,14 +17,14 @@ def on_device(request):
     if request.param == "cuda":
         import cupy
 
-        def call(function, *args):
-            found = function(*(devices.to_cupy(x) if isinstance(x, np.ndarray) else x for x in args))
+        def call(function, *args, **options):
+            found = function(*(devices.to_cupy(x) if isinstance(x, np.ndarray) else x for x in args), **options)
             return fetched(found, cupy.asnumpy)
 
         yield call
     else:
         with devices.emulation():
-            yield lambda function, *args: function(*args)
+            yield lambda function, *args, **options: function(*args, **options)
 
 
 def fetched(found, fetch):
@@ -64,6 +65,33 @@ def test_tiles_cover_the_rows_of_each_expert(M, E, topk, with_map, tile_rows, on
     want = tiles_of(np.diff(offsets).tolist(), offsets.tolist(), tile_rows)
     assert got.tile_count.tolist() == [len(want)] and len(want) <= len(got.tiles)
     assert got.tiles[: len(want)].tolist() == want
+
+
+def even_tiles_of(counts, starts, tile_rows):
+    """As few tiles as hold an expert's rows, of a multiple of eight each but for the last; the longest first."""
+    found = []
+    for e, n in enumerate(counts):
+        each = -(-n // max(-(-n // tile_rows), 1))
+        each += -each % 8
+        tiles = [[e, starts[e] + done, min(each, n - done), 0] for done in range(0, n, each or 1)]
+        assert len(tiles) == -(-n // tile_rows) and all(0 < tile[2] <= tile_rows for tile in tiles)
+        found.append((-each, tiles))
+    return [tile for _, tiles in sorted(found, key=lambda pair: pair[0]) for tile in tiles]
+
+
+@pytest.mark.parametrize("tile_rows", [8, 96, 192])
+@pytest.mark.parametrize("with_map", [False, True])
+@pytest.mark.parametrize("M, E, topk", [*SHAPES, (3000, 4, 2)])
+def test_even_tiles_the_longest_first(M, E, topk, with_map, tile_rows, on_device):
+    ids, (E_local, expert_map) = routing(M, E, topk, with_map)
+    ids[: M // 2] = ids[: M // 2] // 3  # some experts have many rows
+    got = on_device(_cuda.permute, ids, E_local, expert_map, tile_rows, even=True)
+    offsets = _numpy.permute(ids, E_local, expert_map).expert_offsets
+    want = even_tiles_of(np.diff(offsets).tolist(), offsets.tolist(), tile_rows)
+    assert got.tile_count.tolist() == [len(want)] and len(want) <= len(got.tiles)
+    assert got.tiles[: len(want)].tolist() == want
+    tiles, count, _ = on_device(gemm.list_tiles, offsets.astype(np.int32), M * topk, tile_rows, True)
+    assert count.tolist() == [len(want)] and tiles[: len(want)].tolist() == want
 
 
 @pytest.mark.parametrize("with_map", [False, True])

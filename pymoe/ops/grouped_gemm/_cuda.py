@@ -25,19 +25,32 @@ from pymoe.device.tape import current_recorder
 from pymoe.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, complaint
 from pymoe.ops.grouped_gemm import _cuda_arguments as arguments
 from pymoe.ops.grouped_gemm import _sm90
-from pymoe.ops.grouped_gemm._cuda_instances import Instance, Operands, all_instances, choose, choose_tile_rows
+from pymoe.ops.grouped_gemm._cuda_instances import (
+    FEW_ROWS,
+    SWAPPED_STAGES,
+    Instance,
+    Operands,
+    all_instances,
+    choose,
+    choose_tile_rows,
+    rows_of_an_expert,
+    sm90_tile_rows,
+)
 from pymoe.quantization import QuantKey, kTf32
 
 __all__ = [
     "Routed",
     "TileList",
+    "TilesTogether",
     "choose_tile_rows",
     "grouped_gemm",
+    "is_direct",
     "kernels",
     "list_tiles",
     "multiply_sorted",
+    "rows_of_an_expert",
     "tile_capacity",
-    "tile_rows_together",
+    "tiles_together",
 ]
 
 Array = Any
@@ -47,7 +60,7 @@ _FLOATS = {np.dtype("float32"): "F32", np.dtype("float16"): "FP16", BFLOAT16: "B
 _CODES = {"fp8": "E4M3", "int8": "S8", "uint8b128": "U8", "uint8": "U8", "uint4b8": "U4", "uint4": "U4", "fp4": "E2M1"}
 _HALVES = 1
 """`GateLayout::kHalves`."""
-_LIST_TILES = LaunchPlan(KernelId("grouped_gemm/list_tiles.cu", "pymoe::list_tiles_kernel"), (1, 1, 1), (1024, 1, 1))
+_LIST_TILES = KernelId("grouped_gemm/list_tiles.cu", "pymoe::list_tiles_kernel")
 
 
 class TileList(NamedTuple):
@@ -56,6 +69,13 @@ class TileList(NamedTuple):
     tiles: Array
     tile_count: Array
     tile_rows: int
+
+
+class TilesTogether(NamedTuple):
+    """What a work list for rows in one piece has: the most rows of a tile, and whether tiles are even."""
+
+    rows: int
+    even: bool
 
 
 class Routed(NamedTuple):
@@ -78,7 +98,7 @@ class Routed(NamedTuple):
 
 def kernels(arch: str) -> tuple[KernelId, ...]:
     """Return every kernel this module can launch on `arch`."""
-    return (_LIST_TILES.kernel, *(instance.kernel for instance in all_instances(arch)))
+    return (_LIST_TILES, *(instance.kernel for instance in all_instances(arch)))
 
 
 def tile_capacity(rows: int, experts: int, tile_rows: int) -> int:
@@ -86,19 +106,35 @@ def tile_capacity(rows: int, experts: int, tile_rows: int) -> int:
     return min(rows, experts) + rows // tile_rows
 
 
-def tile_rows_together(a: Array, w: WeightOperand, tile_rows: int) -> int | None:
-    """Return the rows of a tile for rows of `a` copied together first, None where they better stay apart.
+def tiles_together(a: Array, w: WeightOperand, expert_rows: float, direct: bool) -> TilesTogether | None:
+    """Return the tiles for rows of `a` copied together first, None where they better stay apart.
 
-    The kernel of sm_90a takes rows in one piece only, and is so much faster that the copy pays.
+    The kernels of sm_90a take rows in one piece only, and are so much faster that the copy pays.
+
+    Parameters
+    ----------
+    a : cupy.ndarray
+    w : WeightOperand
+    expert_rows : float
+        `rows_of_an_expert`.
+    direct : bool
+        Whether all answers are `is_direct`.
     """
-    if w.key is not None or a.dtype not in _FLOATS or w.codes.dtype not in _FLOATS:
+    if w.key is not None or a.dtype not in _FLOATS or w.codes.dtype not in _FLOATS or expert_rows <= FEW_ROWS:
         return None
-    operands = Operands(_FLOATS[a.dtype], _FLOATS[w.codes.dtype], w.K, scattered=False)
-    instance = choose(operands, tile_rows, archs.current_arch())
-    return instance.rows if instance.mapped else None
+    rows = sm90_tile_rows(expert_rows, direct)
+    operands = Operands(_FLOATS[a.dtype], _FLOATS[w.codes.dtype], w.K, scattered=False, direct=direct)
+    return TilesTogether(rows, rows in SWAPPED_STAGES) if choose(operands, rows, archs.current_arch()).mapped else None
 
 
-def list_tiles(expert_offsets: Array, rows: int, tile_rows: int) -> TileList:
+def is_direct(activation: ActivationConfig | None, width: int, in_dtype: Any, out_dtype: Any) -> bool:
+    """Return whether a GEMM's answers of that width, activated or not, can go from registers to their rows."""
+    fields = NO_ACTIVATION if activation is None else activation_fields(activation)
+    formats = (_FLOATS.get(np.dtype(in_dtype), ""), _FLOATS[np.dtype(out_dtype)])
+    return width % 4 == 0 and _sm90.is_direct(fields, activation is not None, *formats)
+
+
+def list_tiles(expert_offsets: Array, rows: int, tile_rows: int, even: bool = False) -> TileList:
     """Return the work list of rows sorted by expert: those of expert e are ``expert_offsets[e]:expert_offsets[e + 1]``.
 
     Parameters
@@ -107,12 +143,14 @@ def list_tiles(expert_offsets: Array, rows: int, tile_rows: int) -> TileList:
     rows : int
         At least ``expert_offsets[-1]``, which stays on the device.
     tile_rows : int
+    even : bool
+        Whether tiles of an expert are about equally long, and the longest come first.
     """
     cupy, experts = namespace(expert_offsets), expert_offsets.shape[0] - 1
     tiles = cupy.empty((tile_capacity(rows, experts, tile_rows), 4), np.int32)
     tile_count = cupy.empty(1, np.int32)
-    numbers = (np.int32(number) for number in (experts, tile_rows, tiles.shape[0]))
-    _LIST_TILES(expert_offsets, *numbers, tiles, tile_count)
+    numbers = (np.int32(number) for number in (experts, tile_rows, tiles.shape[0], even))
+    _list_plan(8 * experts if even else 0)(expert_offsets, *numbers, tiles, tile_count)
     return TileList(tiles, tile_count, tile_rows)
 
 
@@ -209,7 +247,7 @@ def grouped_gemm(
     instance = choose(found, rows.tile_rows, archs.current_arch())
     # A tile of gate and up halves has half as many columns of the answer.
     column_tiles = -(-(2 * width if halves else N) // instance.columns)
-    parts = 1 if instance.mapped else rows.tile_rows // instance.rows
+    parts = 1 if instance.mapped else -(-rows.tile_rows // instance.rows)
     sizes = arguments.Sizes(
         operands.K, N, width, rows.tiles.shape[0], column_tiles, gather_div,
         adds, *_group_sizes(w, operands, a_key), four, int(activation is not None), parts, *a_fields,
@@ -231,6 +269,11 @@ def grouped_gemm(
     else:
         _plan(instance, blocks)(arguments.pack(pointers, sizes, fields))
     return out
+
+
+@lru_cache(maxsize=64)
+def _list_plan(shared_bytes: int) -> LaunchPlan:
+    return LaunchPlan(_LIST_TILES, (1, 1, 1), (1024, 1, 1), shared_bytes)
 
 
 def _is_scattered(a: Array, gather: Array | None) -> bool:

@@ -13,15 +13,23 @@ from pymoe.device.jit import KernelId
 
 __all__ = [
     "BITS",
+    "FEW_ROWS",
     "SM90_BOX_ROWS",
     "SM90_DEPTH",
+    "SWAPPED_BOX_ROWS",
+    "SWAPPED_STAGES",
     "TILE_ROWS",
     "Instance",
     "Operands",
     "all_instances",
     "choose",
     "choose_tile_rows",
+    "rows_of_an_expert",
+    "sm90_tile_rows",
 ]
+
+FEW_ROWS = 24
+"""Of an expert, up to which tiles of 16 rows are best."""
 
 TILE_ROWS = (16, 64, 128)
 """Rows of a tile, one of which a work list is made for."""
@@ -35,11 +43,13 @@ _FOUR_STAGES = 84 * 1024
 """Of a block that has four stages; larger ones have three, so that more blocks fit."""
 SM90_DEPTH = 64
 """Columns of a stage of the kernel for sm_90a, 128 bytes."""
-SM90_BOX_ROWS = 64
-"""Rows of activations that one tensor copy brings."""
+SM90_BOX_ROWS, SWAPPED_BOX_ROWS = 64, 32
+"""Rows of activations that one tensor copy brings, to the kernel for sm_90a and to the one of swapped operands."""
 _SM90_TILE_ROWS, _SM90_STAGES = 128, 4
 _SM90_LONG = 8192
 """K from which the end of a tile is short beside its sums, so that the wider tile of two warpgroups pays."""
+SWAPPED_STAGES = {96: 7, 192: 5}
+"""Stages of the kernels for sm_90a with swapped operands, by the most rows of a tile; such lists are theirs."""
 _MOST_COLUMNS = 1 << 22
 """K up to which the tensor-core kernels find the group of a column by a float32 product."""
 
@@ -77,6 +87,8 @@ class Instance(NamedTuple):
     """Whether tensor cores multiply the codes themselves, or floats as they are."""
     mapped: bool = False
     """Whether it walks all tiles with one block a multiprocessor, and takes tensor maps of both operands."""
+    swapped: bool = False
+    """Whether its columns are weight rows that both parts of a gate share."""
 
 
 class _Pair(NamedTuple):
@@ -113,10 +125,28 @@ def choose_tile_rows(M: int, topk: int, E_local: int, num_experts: int | None = 
     num_experts : int, optional
         Experts everywhere, over which the slots are spread; default `E_local`.
     """
-    experts = max(E_local if num_experts is None else num_experts, 1)
-    rows = M * topk / min(experts, max(M * topk, 1))
+    rows = rows_of_an_expert(M, topk, E_local, num_experts)
     # Weights are read once a tile: small tiles while they all fit one expert's rows, large ones for reuse.
-    return 16 if rows <= 24 else 64 if rows <= 96 else 128
+    return 16 if rows <= FEW_ROWS else 64 if rows <= 96 else 128
+
+
+def rows_of_an_expert(M: int, topk: int, E_local: int, num_experts: int | None = None) -> float:
+    """Return the rows of an expert that has some, where slots are spread evenly; arguments as of `choose_tile_rows`."""
+    experts = max(E_local if num_experts is None else num_experts, 1)
+    return M * topk / min(experts, max(M * topk, 1))
+
+
+def sm90_tile_rows(expert_rows: float, direct: bool) -> int:
+    """Return the most rows of a tile on sm_90a, for experts of about so many.
+
+    Up to two tiles of swapped operands, as far as they store answers: beyond, half a tile of 128 rows that stays empty
+    costs less than what wider tiles of weights save.
+    """
+    # Rows of an expert differ by their square root where slots are spread at random.
+    most = expert_rows + 2 * expert_rows**0.5
+    if not direct or most > 2 * max(SWAPPED_STAGES):
+        return _SM90_TILE_ROWS
+    return min(SWAPPED_STAGES) if most <= min(SWAPPED_STAGES) else max(SWAPPED_STAGES)
 
 
 def choose(operands: Operands, tile_rows: int, arch: str) -> Instance:
@@ -126,13 +156,17 @@ def choose(operands: Operands, tile_rows: int, arch: str) -> Instance:
     multiply-adds, which take everything.
     """
     pair = _pair(operands)
+    block_rows = next((rows for rows in TILE_ROWS if tile_rows <= rows), TILE_ROWS[-1])
     whole = all(operands.K * BITS[side] % 128 == 0 for side in (operands.a, operands.b))
     if pair is None or not whole or operands.K > _MOST_COLUMNS:
-        return _simt(operands.a == operands.b and operands.a in ("F32", "TF32"), tile_rows)
+        return _simt(operands.a == operands.b and operands.a in ("F32", "TF32"), block_rows)
     if arch == "sm_90a" and tile_rows > 16 and not operands.scattered and _is_16_bit(pair) and operands.K:
-        turns = operands.direct and operands.K < _SM90_LONG
-        return _sm90(pair.a, turns, turns and operands.activated)
-    return _tensor(pair, tile_rows, limits(arch).shared_bytes, arch)
+        if tile_rows in SWAPPED_STAGES and operands.direct:
+            return _swapped(pair.a, operands.activated, tile_rows)
+        if tile_rows <= _SM90_TILE_ROWS:
+            turns = operands.direct and operands.K < _SM90_LONG
+            return _sm90(pair.a, turns, turns and operands.activated)
+    return _tensor(pair, block_rows, limits(arch).shared_bytes, arch)
 
 
 def all_instances(arch: str) -> tuple[Instance, ...]:
@@ -142,6 +176,8 @@ def all_instances(arch: str) -> tuple[Instance, ...]:
     simt = [_simt(plain, rows) for plain in (False, True) for rows in TILE_ROWS]
     kinds = ((False, False), (True, False), (True, True)) if arch == "sm_90a" else ()
     sm90 = [_sm90(a, *kind) for a in _FLOATS for kind in kinds]
+    if arch == "sm_90a":
+        sm90 += [_swapped(a, gated, rows) for a in _FLOATS for gated in (False, True) for rows in SWAPPED_STAGES]
     return tuple(dict.fromkeys((*tensor, *simt, *sm90)))
 
 
@@ -183,6 +219,15 @@ def _sm90(a: str, turns: bool, activated: bool) -> Instance:
     stage = (_SM90_TILE_ROWS + columns) * 2 * SM90_DEPTH + 16
     shared = _SM90_STAGES * stage + 8 * spare
     return Instance(KernelId("grouped_gemm/sm90.cu", kernel), _SM90_TILE_ROWS, columns, 384, shared, True, True)
+
+
+@lru_cache(maxsize=16)
+def _swapped(a: str, gated: bool, rows: int) -> Instance:
+    """Return the kernel of ``grouped_gemm/sm90_swapped.cu`` for tiles of at most `rows` rows."""
+    weight_rows, spare = 128, 4 * ((512 if gated else 192) + 36)
+    kernel = f"pymoe::grouped_gemm_sm90_swapped_kernel<pymoe::Format::k{a}, {str(gated).lower()}, {rows}>"
+    shared = SWAPPED_STAGES[rows] * ((weight_rows + rows) * 2 * SM90_DEPTH + 16) + 8 * spare
+    return Instance(KernelId("grouped_gemm/sm90_swapped.cu", kernel), rows, weight_rows, 384, shared, True, True, True)
 
 
 @lru_cache(maxsize=256)

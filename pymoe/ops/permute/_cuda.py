@@ -61,10 +61,18 @@ class _Sort(NamedTuple):
 
 
 def permute(
-    topk_ids: Array, E_local: int, expert_map: Array | None, tile_rows: int, *, empty: Empty | None = None
+    topk_ids: Array,
+    E_local: int,
+    expert_map: Array | None,
+    tile_rows: int,
+    *,
+    even: bool = False,
+    empty: Empty | None = None,
 ) -> DeviceRowMap:
     """Sort slots (M, topk), C-contiguous, of any integer dtype; `expert_map` is int32.
 
+    The work list has an expert's tiles one after the other, experts ascending; `even`, tiles of an expert are about
+    equally long, multiples of eight rows but for the last, and the longest come first.
     Arrays come from ``empty(shape, dtype)``, by default CuPy's.
     """
     empty = empty or namespace(topk_ids).empty
@@ -73,7 +81,7 @@ def permute(
     offsets, row_to_slot = empty((E_local + 1,), np.int32), empty((S,), np.int32)
     slot_to_row, tile_count = empty((M, topk), np.int32), empty((1,), np.int32)
     tiles = empty((tile_capacity(S, E_local, tile_rows), 4), np.int32)
-    sort = _sort("PACKED", topk_ids.shape, E_local, _ids(topk_ids, expert_map, E_local), tile_rows, 0, (S, -1), 0)
+    sort = _sort("PACKED", topk_ids.shape, E_local, _ids(topk_ids, expert_map, E_local), tile_rows, 0, (S, -1), 0, even)
     outputs = (row_to_slot, slot_to_row, offsets, tiles, 0, tile_count)
     _run(sort, outputs, topk_ids, expert_map, 0, E_local, empty)
     return DeviceRowMap(offsets, row_to_slot, slot_to_row, tiles, tile_count, tile_rows)
@@ -220,6 +228,7 @@ def _sort(
     slab_rows: int,
     fill: tuple[int, int],
     blocks: int,
+    even: bool = False,
 ) -> _Sort:
     """Plan the sort of slots of `shape`; everything follows from sizes."""
     S = shape[0] * shape[1]
@@ -230,7 +239,7 @@ def _sort(
     stages = [KernelId(_UNIT, f"pymoe::{stage}<pymoe::{layout}>") for stage in _STAGES]
     warps = _warps_of_one_block(S, E)
     if warps:
-        sizes = _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows)
+        sizes = _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows, even)
         shared = _one_block_bytes(S, E, warps)
         return _Sort((LaunchPlan(stages[0], (1, 1, 1), (_block_of(S, E), 1, 1), shared),), sizes, 1)
     segments = _segments(S)
@@ -238,14 +247,15 @@ def _sort(
     warps = min(_THREADS // _WARP, (_SHARED_BYTES - fixed) // max(2 * E, 1))
     grid, block = (segments, 1, 1), (_THREADS, 1, 1)
     count = LaunchPlan(stages[1], grid, block, 4 * E)
-    scan = LaunchPlan(stages[2], (1, 1, 1), (_THREADS, 1, 1), _SCRATCH_BYTES + 12 * E + 4 * max(E, _THREADS))
+    scan = LaunchPlan(stages[2], (1, 1, 1), (_THREADS, 1, 1), _SCRATCH_BYTES + 16 * E + 4 * max(E, _THREADS))
     place = LaunchPlan(stages[3], grid, block, fixed + 2 * warps * E)
-    return _Sort((count, scan, place), _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows), segments)
+    sizes = _sizes(shape, E, ids, warps, fill, blocks, tile_rows, slab_rows, even)
+    return _Sort((count, scan, place), sizes, segments)
 
 
 def _one_block_bytes(S: int, E: int, warps: int) -> int:
     """Return the shared memory of ``permute_kernel`` of any layout."""
-    return -(-(_SCRATCH_BYTES + 12 * E) // 16) * 16 + -(-2 * warps * E // 16) * 16 + 8 * S
+    return -(-(_SCRATCH_BYTES + 16 * E) // 16) * 16 + -(-2 * warps * E // 16) * 16 + 8 * S
 
 
 def _block_of(S: int, E: int) -> int:
@@ -275,9 +285,10 @@ def _sizes(
     blocks: int,
     tile_rows: int,
     slab_rows: int,
+    even: bool = False,
 ) -> np.void:
     """Return the kernels' ``Sizes``."""
-    numbers = (shape[0] * shape[1], shape[1], E, *ids, warps, *fill, blocks, tile_rows, slab_rows)
+    numbers = (shape[0] * shape[1], shape[1], E, *ids, warps, *fill, blocks, tile_rows, slab_rows, even)
     return struct(*map(np.int32, numbers))
 
 

@@ -7,6 +7,13 @@
 
 namespace pymoe::ptx {
 
+// Threads come to a wait, or to another block's barrier, in an order that changes from wait to wait.
+inline void dawdle() {
+    static uint32 state = 1;
+    state = state * 1664525 + 1013904223;
+    for (uint32 turns = state >> 30; turns > 0; --turns) emulator::progress = true, emulator::yield_now();
+}
+
 struct Mbarrier {
     int32 bytes;   // announced and not yet there
     int16 missing; // arrivals
@@ -29,6 +36,7 @@ inline void mbarrier_arrive(uint32 address) {
     end_phase(mbarrier(address));
 }
 inline void mbarrier_arrive_at(uint32 address, uint32 block) {
+    dawdle();
     if (block >= CLUSTER_BLOCKS || emulator::blocks[block].alive == 0) emulator::fail("a barrier of a block that is not there");
     --mbarrier(address, block).missing;
     end_phase(mbarrier(address, block));
@@ -41,8 +49,9 @@ inline void mbarrier_arrive_expect_tx(uint32 address, uint32 bytes) {
 // As tests/emulator/sm90.py writes it.
 struct EmulatedMap {
     uint64 address;
-    uint64 extents[3];  // along a row first
-    uint32 box[3];
+    uint64 extents[4];  // along a row first
+    uint64 pitches[4];  // in elements
+    uint32 box[4];
     uint32 itemsize;
 };
 
@@ -50,7 +59,7 @@ struct TensorCopy {
     int block;  // that it goes to
     uint32 shared, barrier;
     EmulatedMap map;
-    int64 at[3];
+    int64 at[4];
 };
 inline std::vector<TensorCopy>& tensor_copies() {
     static std::vector<TensorCopy> all;
@@ -65,45 +74,49 @@ inline uint32 swizzled(uint32 address) { return address ^ (address >> 3 & 0x70);
 inline void deliver(const TensorCopy& copy) {
     const EmulatedMap& m = copy.map;
     uint32 row = 0;
-    for (uint32 z = 0; z < m.box[2]; ++z)
-        for (uint32 y = 0; y < m.box[1]; ++y, ++row)
-            for (uint32 x = 0; x < m.box[0]; ++x) {
-                const uint64 i[3] = {copy.at[0] + x, copy.at[1] + y, copy.at[2] + z};
-                unsigned char* to = emulator::shared_bytes(copy.block) + swizzled(copy.shared + row * 128 + x * m.itemsize);
-                std::memset(to, 0, m.itemsize);
-                if (i[0] >= m.extents[0] || i[1] >= m.extents[1] || i[2] >= m.extents[2]) continue;
-                const uint64 element = (i[2] * m.extents[1] + i[1]) * m.extents[0] + i[0];
-                std::memcpy(to, reinterpret_cast<const unsigned char*>(m.address) + element * m.itemsize, m.itemsize);
-            }
+    for (uint32 w = 0; w < m.box[3]; ++w)
+        for (uint32 z = 0; z < m.box[2]; ++z)
+            for (uint32 y = 0; y < m.box[1]; ++y, ++row)
+                for (uint32 x = 0; x < m.box[0]; ++x) {
+                    const uint64 i[4] = {copy.at[0] + x, copy.at[1] + y, copy.at[2] + z, copy.at[3] + w};
+                    unsigned char* to = emulator::shared_bytes(copy.block) + swizzled(copy.shared + row * 128 + x * m.itemsize);
+                    std::memset(to, 0, m.itemsize);
+                    uint64 element = 0;
+                    bool inside = true;
+                    for (int d = 0; d < 4; ++d) element += i[d] * m.pitches[d], inside &= i[d] < m.extents[d];
+                    if (inside)
+                        std::memcpy(to, reinterpret_cast<const unsigned char*>(m.address) + element * m.itemsize, m.itemsize);
+                }
     mbarrier(copy.barrier, copy.block).bytes -= int32(row * 128);
     end_phase(mbarrier(copy.barrier, copy.block));
 }
 
-inline void copy_to(int block, uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y, int32 z) {
-    TensorCopy copy = {block, shared, barrier, {}, {x, y, z}};
+inline void copy_to(int block, uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y, int32 z, int32 w) {
+    TensorCopy copy = {block, shared, barrier, {}, {x, y, z, w}};
     std::memcpy(&copy.map, map, sizeof copy.map);
-    if (shared % 1024 || copy.map.box[0] * copy.map.itemsize != 128) emulator::fail("a box out of line");
+    const uint32* box = copy.map.box;
+    if (shared % 1024 || box[0] * copy.map.itemsize != 128) emulator::fail("a box out of line");
     if (emulator::blocks[block].alive == 0) emulator::fail("a copy to a block that is gone");
-    std::memset(emulator::shared_bytes(block) + shared, 0xff, copy.map.box[1] * copy.map.box[2] * 128);
+    std::memset(emulator::shared_bytes(block) + shared, 0xff, box[1] * box[2] * box[3] * 128);
     tensor_copies().push_back(copy);
 }
+inline void cp_async_bulk_tensor(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y, int32 z, int32 w) {
+    copy_to(emulator::current->block, shared, map, barrier, x, y, z, w);
+}
+inline void cp_async_bulk_tensor(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y) {
+    copy_to(emulator::current->block, shared, map, barrier, x, y, 0, 0);
+}
 inline void cp_async_bulk_tensor(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y, int32 z) {
-    copy_to(emulator::current->block, shared, map, barrier, x, y, z);
+    copy_to(emulator::current->block, shared, map, barrier, x, y, z, 0);
 }
 inline void cp_async_bulk_tensor_multicast(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y,
                                            int32 z, uint16 blocks) {
     for (int block = 0; block < CLUSTER_BLOCKS; ++block)
-        if (blocks >> block & 1) copy_to(block, shared, map, barrier, x, y, z);
+        if (blocks >> block & 1) copy_to(block, shared, map, barrier, x, y, z, 0);
 }
-inline void cp_async_bulk_tensor(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y) {
-    cp_async_bulk_tensor(shared, map, barrier, x, y, 0);
-}
-
-// Threads come to a wait in an order that changes from wait to wait.
-inline void dawdle() {
-    static uint32 state = 1;
-    state = state * 1664525 + 1013904223;
-    for (uint32 turns = state >> 30; turns > 0; --turns) emulator::progress = true, emulator::yield_now();
+inline void cp_async_bulk_tensor_multicast(uint32 shared, const TensorMap* map, uint32 barrier, int32 x, int32 y,
+                                           uint16 blocks) {
+    cp_async_bulk_tensor_multicast(shared, map, barrier, x, y, 0, blocks);
 }
 
 inline void mbarrier_wait(uint32 address, uint32 parity) {
@@ -233,12 +246,23 @@ void wgmma_wait() {
     emulator::exchange(~0u, 0);  // an instruction of the whole warp
 }
 template <int N>
-void wgmma_m64k16_bf16(float (&d)[N], uint64 a, uint64 b, bool add) {
-    multiplies().open.push_back({d, 2 * N, a, b, add, true});
+struct Columns {};
+template <int kColumns, int kSums>
+void wgmma_m64k16_bf16(Columns<kColumns>, float (&d)[kSums], uint64 a, uint64 b, bool add) {
+    multiplies().open.push_back({d, kColumns, a, b, add, true});
 }
-template <int N>
-void wgmma_m64k16_fp16(float (&d)[N], uint64 a, uint64 b, bool add) {
-    multiplies().open.push_back({d, 2 * N, a, b, add, false});
+template <int kColumns, int kSums>
+void wgmma_m64k16_fp16(Columns<kColumns>, float (&d)[kSums], uint64 a, uint64 b, bool add) {
+    multiplies().open.push_back({d, kColumns, a, b, add, false});
+}
+
+inline uint32 movmatrix_trans(uint32 a) {
+    const uint64_t* words = emulator::exchange(~0u, a);
+    const int row = emulator::current->lane / 4, column = emulator::current->lane % 4 * 2;
+    uint32 found = 0;
+    for (int i = 0; i < 2; ++i)
+        found |= (uint32(words[(column + i) * 4 + row / 2]) >> 16 * (row % 2) & 0xffff) << 16 * i;
+    return found;
 }
 
 }  // namespace pymoe::ptx
