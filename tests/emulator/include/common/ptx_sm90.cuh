@@ -7,12 +7,15 @@
 
 namespace pymoe::ptx {
 
-// Threads come to a wait, or to another block's barrier, in an order that changes from wait to wait.
-inline void dawdle() {
+// Threads come to a wait in an order that changes from wait to wait, and now and then late to another block's barrier.
+inline uint32 random_word() {
     static uint32 state = 1;
-    state = state * 1664525 + 1013904223;
-    for (uint32 turns = state >> 30; turns > 0; --turns) emulator::progress = true, emulator::yield_now();
+    return state = state * 1664525 + 1013904223;
 }
+inline void dawdle(uint32 turns) {
+    for (; turns > 0; --turns) emulator::progress = true, emulator::yield_now();
+}
+inline void dawdle() { dawdle(random_word() >> 30); }
 
 struct Mbarrier {
     int32 bytes;   // announced and not yet there
@@ -36,7 +39,7 @@ inline void mbarrier_arrive(uint32 address) {
     end_phase(mbarrier(address));
 }
 inline void mbarrier_arrive_at(uint32 address, uint32 block) {
-    dawdle();
+    if (int(block) != emulator::current->block && random_word() >> 28 == 0) dawdle(40);
     if (block >= CLUSTER_BLOCKS || emulator::blocks[block].alive == 0) emulator::fail("a barrier of a block that is not there");
     --mbarrier(address, block).missing;
     end_phase(mbarrier(address, block));
