@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import pymoe
-from pymoe import ArgumentError
-from pymoe.codec.weights import WeightOperand, code_table
+from pymoe.codec.weights import WeightOperand
 from pymoe.device.instructions import best_dot
 from pymoe.ops import grouped_gemm
 from pymoe.ops.quantize import quantize_activations
-from pymoe.quantization.keys import kFp8StaticChannelSym
 from tests.selection import selection
 
 BF16 = ml_dtypes.bfloat16
@@ -189,41 +191,37 @@ def test_a_whole_layer_selects_exactly(level):
         np.testing.assert_array_equal(pymoe.fused_experts(**problem.arguments()), problem.expected())
 
 
-def test_kernels_hold_the_instructions(level):
-    """Loops that LLVM took apart would be correct and slow; compiled anew, since what the cache holds has no text."""
-    import numba
+INSTRUCTIONS = """
+import sys
 
-    from pymoe.ops.grouped_gemm import _numba_dots, _numba_tiles
+import ml_dtypes
+import numba
+import numpy as np
 
-    wanted = {"tiles": (_numba_tiles.multiply_tiles, "tdpbf16ps"), "vectors": (_numba_dots._rows, "vdpbf16ps")}
-    form = best_dot("bfloat16")
-    if form is None:
+from pymoe.codec.weights import WeightOperand
+from pymoe.device.instructions import best_dot
+from pymoe.ops import grouped_gemm
+from pymoe.ops.grouped_gemm import _numba_dots, _numba_tiles
+
+wanted = {"tiles": (_numba_tiles.multiply_tiles, "tdpbf16ps"), "vectors": (_numba_dots._rows, "vdpbf16ps")}
+form = best_dot("bfloat16")
+if form is None:
+    sys.exit(5)
+x, w = np.zeros((9, 64), ml_dtypes.bfloat16), np.zeros((1, 64, 64), ml_dtypes.bfloat16)
+grouped_gemm(x, WeightOperand.unquantized(w), [0, 9])
+kernel, instruction = wanted[form]
+compiled = numba.njit(nogil=True, error_model="numpy")(kernel.py_func)
+for signature in kernel.signatures:
+    compiled.compile(signature)
+texts = [text for text in compiled.inspect_asm().values() if instruction in text]
+assert texts and all("zmm" in text for text in texts)
+"""
+
+
+def test_kernels_hold_the_instructions(level, tmp_path):
+    """Loops that LLVM took apart would be correct and slow; in a process with an empty cache, which has no texts."""
+    environment = {**os.environ, "PYMOE_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", INSTRUCTIONS], env=environment, capture_output=True, text=True)
+    if done.returncode == 5:
         pytest.skip("bfloat16 is multiplied as float32 here")
-    grouped_gemm(np.zeros((9, 64), BF16), WeightOperand.unquantized(np.zeros((1, 64, 64), BF16)), [0, 9])
-    kernel, instruction = wanted[form]
-    if not kernel.signatures:  # loaded as part of its caller
-        kernel = _numba_dots.multiply_straight
-    compiled = numba.njit(nogil=True, error_model="numpy")(kernel.py_func)
-    for signature in kernel.signatures:
-        compiled.compile(signature)
-    texts = [text for text in compiled.inspect_asm().values() if instruction in text]
-    assert texts and all("zmm" in text for text in texts)
-
-
-def test_an_unknown_level_is_named(monkeypatch):
-    monkeypatch.setenv("PYMOE_CPU_KERNELS", "sse")
-    with pytest.raises(ArgumentError, match="PYMOE_CPU_KERNELS must be amx, avx512 or plain; got 'sse'"):
-        best_dot("int8")
-
-
-@pytest.mark.parametrize("rows", [2, 40])
-def test_every_code_of_e4m3_is_the_number_that_it_stands_for(level, rows):
-    """One row of ones at one k reads one column of codes; every code stands in every place of a vector."""
-    codes = (np.arange(256)[:, None] + np.arange(256)).astype(np.uint8)
-    codes[codes & 0x7F == 0x7F] = 0
-    w = WeightOperand(codes[None], 256, kFp8StaticChannelSym, row_scale=np.ones((1, 256), np.float32))
-    values = code_table("fp8")[codes]
-    for first in range(0, 256, rows):
-        a = np.eye(256, dtype=BF16)[first : first + rows]
-        y = grouped_gemm(a, w, np.array([0, len(a)]))
-        np.testing.assert_array_equal(y, values[:, first : first + rows].T)
+    assert done.returncode == 0, done.stderr
