@@ -6,7 +6,8 @@
 
 namespace pymoe {
 
-// How `rows` rows are split: into as few tiles as possible, of a multiple of eight rows but for the last.  In one word,
+// How `rows` rows are split: into as few tiles of at most tile_rows, a multiple of eight up to 504, as possible, of a
+// multiple of eight rows but for the last.  In one word,
 // which orders experts by the rows of their tiles: these by eight, of at most 63, above the number of tiles, below 2^26.
 struct EvenSplit {
     static constexpr int kCountBits = 26;

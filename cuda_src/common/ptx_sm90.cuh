@@ -111,7 +111,7 @@ __device__ __forceinline__ bool elect() {
 // An 8 x 8 matrix of 16-bit elements across a warp, transposed: lane l holds columns l % 4 * 2 and the next of row l / 4.
 __device__ __forceinline__ uint32 movmatrix_trans(uint32 a) {
     uint32 d;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
     return d;
 }
 

@@ -181,7 +181,7 @@ struct Sorted {
 };
 
 // From the rows of each expert: the row each starts at (start, E), the list of tiles, and what else the layout promises.
-// All threads of the block; counts, start (E) and tile_start (2 E) are shared memory.  Begins with a barrier.
+// All threads of the block; counts, start and tile_start (E; even: 2 E) are shared memory.  Begins with a barrier.
 template <Layout LAYOUT>
 __device__ void lay_out(int32* start, int32* counts, int32* tile_start, int32* total_tiles, const Sorted& out, int E) {
     __syncthreads();

@@ -16,7 +16,7 @@ from pymoe.ops.grouped_gemm._cuda_instances import SM90_BOX_ROWS, SM90_DEPTH, SW
 __all__ = ["is_direct", "launch"]
 
 _CLUSTER = 2
-"""Blocks of a cluster, which bring each other weights; the kernel's ``__cluster_dims__`` says so too."""
+"""Blocks of a cluster, which bring each other weights or rows; the kernels' ``__cluster_dims__`` says so too."""
 _SILU = 0
 """`Activation::kSilu`, which stands for users' own too."""
 _PLAIN, _HALVES = 0, 1
