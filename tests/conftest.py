@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -32,6 +34,14 @@ def pytest_runtest_setup(item):
     for marker, why_not in (("gpu", gpu.why_no_gpu), ("gpu2", gpu.why_not_two_gpus)):
         if item.get_closest_marker(marker) is not None and (reason := why_not()):
             pytest.skip(reason)
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises KeyboardInterrupt, also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

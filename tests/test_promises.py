@@ -179,7 +179,7 @@ def test_a_forked_child_computes_the_same_bits():
     pytest.fail("the child hangs")
 
 
-def test_keyboard_interrupt_leaves_the_layer_usable():
+def test_keyboard_interrupt_leaves_the_layer_usable(interrupts):
     layer, x = random_layer("fp8_w8a8"), tokens(6000)
     expected = layer(x[:50])
     main = threading.current_thread().ident

@@ -52,7 +52,7 @@ def test_an_error_is_raised_once_no_block_runs(threads):
     run_blocks(lambda start, stop: None, 20)
 
 
-def test_an_interrupt_waits_for_running_blocks_and_leaves_the_pool_usable(monkeypatch):
+def test_an_interrupt_waits_for_running_blocks_and_leaves_the_pool_usable(monkeypatch, interrupts):
     monkeypatch.setenv("PYMOE_NUM_THREADS", "4")
     running = []
     main = threading.current_thread()
