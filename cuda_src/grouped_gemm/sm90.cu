@@ -31,28 +31,6 @@ struct Sm90Instance {
     static constexpr int kSpareBytes = (kTurns ? 2048 : 4 * 16 * sums_pitch(kSlice)) + 16;  // of a warp
     static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 8 * kSpareBytes;
     static constexpr int kReaders = kTurns ? 8 : 16;            // warps of both blocks that empty one
-    static constexpr int kFillRegisters = 24, kMultiplyRegisters = 240;
-};
-
-// The tiles of a block: every gridDim.x-th, in the order of find_tile.  The two blocks of a cluster have neighbours; where
-// the number of tiles is odd, the last block has its neighbour's without rows.
-struct Walk {
-    int32 block;
-
-    // Read again for every tile: it lies in the first-level cache, and registers are for sums.
-    static __device__ __forceinline__ int32 live_tiles(const GemmArguments& p) { return min(*p.tile_count, p.capacity); }
-    __device__ __forceinline__ bool more(const GemmArguments& p) const {
-        return (block & ~1) < live_tiles(p) * p.column_tiles;
-    }
-    static __device__ __forceinline__ BlockTile tile(const GemmArguments& p, int32 block) {
-        const int32 live = live_tiles(p), at = min(block, live * p.column_tiles - 1);
-        const int32 area = kTilesAtOnce * p.column_tiles, first = at / area * kTilesAtOnce, rest = at % area;
-        const int32 height = min(kTilesAtOnce, live - first);
-        const int4 t = p.tiles[first + rest % height];
-        return {t.x, t.y, at == block ? t.z : 0, rest / height};
-    }
-    __device__ __forceinline__ BlockTile tile(const GemmArguments& p) const { return tile(p, block); }
-    __device__ __forceinline__ BlockTile neighbour(const GemmArguments& p) const { return tile(p, block ^ 1); }
 };
 
 // Brings the weights of a stage, by one thread; blocks whose tiles have the same bring each other half of them.
@@ -64,7 +42,7 @@ struct WeightCopies {
     static __device__ __forceinline__ bool halves(const GemmArguments& p) {
         return p.activated && p.activation.layout == GateLayout::kHalves;
     }
-    __device__ __forceinline__ WeightCopies(const GemmArguments& p, const Walk& walk, const BlockTile& tile) {
+    __device__ __forceinline__ WeightCopies(const GemmArguments& p, const Walk<false>& walk, const BlockTile& tile) {
         const BlockTile other = walk.neighbour(p);
         first = tile.column_tile * (halves(p) ? I::kColumns / 2 : I::kColumns), expert = tile.expert;
         shared = other.expert == tile.expert && other.column_tile == tile.column_tile;
@@ -86,7 +64,7 @@ struct WeightCopies {
 template <class I>
 __device__ __forceinline__ void fill_all(const MappedArguments& p, const Stages<I>& ring) {
     Place<I> at;
-    for (Walk walk = {static_cast<int32>(blockIdx.x)}; walk.more(p.gemm); walk.block += gridDim.x) {
+    for (Walk<false> walk = {static_cast<int32>(blockIdx.x)}; walk.more(p.gemm); walk.block += gridDim.x) {
         const BlockTile tile = walk.tile(p.gemm);
         const WeightCopies<I> copies(p.gemm, walk, tile);
         const bool both = tile.rows > 64;
@@ -106,34 +84,21 @@ __device__ __forceinline__ void fill_all(const MappedArguments& p, const Stages<
 template <class I, int kLive>
 __device__ __forceinline__ void multiply_tile(float (&sums)[I::kBlocks][I::kColumns / 2], const Stages<I>& ring,
                                               Place<I>& at, const Turns& turns, int32 first, int32 steps) {
-    int32 before = 0;
-    if (I::kTurns) turns.wait();
-#pragma unroll 1
-    for (int32 s = 0; s < steps; ++s) {
-        ptx::mbarrier_wait(ring.full(at.slot()), at.parity());
-        ptx::wgmma_fence();
-        const uint64 a = operand(ring.rows(at.slot()) + first * 128), b = operand(ring.weights(at.slot()));
+    multiply_stages<I, I::kTurns>(ring, at, turns, steps, [&](int32 slot, bool first_stage) {
+        const uint64 a = operand(ring.rows(slot) + first * 128), b = operand(ring.weights(slot));
 #pragma unroll
         for (int k = 0; k < I::kDepth / 16; ++k) {
 #pragma unroll
             for (int m = 0; m < kLive; ++m) {
                 const uint64 rows = a + (m * 64 * 128 + k * 32 >> 4), weights = b + (k * 32 >> 4);
                 if constexpr (I::kFormat == Format::kBF16) {
-                    ptx::wgmma_m64k16_bf16(ptx::Columns<I::kColumns>(), sums[m], rows, weights, s > 0 || k > 0);
+                    ptx::wgmma_m64k16_bf16(ptx::Columns<I::kColumns>(), sums[m], rows, weights, !first_stage || k > 0);
                 } else {
-                    ptx::wgmma_m64k16_fp16(ptx::Columns<I::kColumns>(), sums[m], rows, weights, s > 0 || k > 0);
+                    ptx::wgmma_m64k16_fp16(ptx::Columns<I::kColumns>(), sums[m], rows, weights, !first_stage || k > 0);
                 }
             }
         }
-        ptx::wgmma_commit();
-        if (I::kTurns && s + 1 == steps) turns.pass_on();
-        ptx::wgmma_wait<1>();  // the stage before
-        if (s > 0) give_back(ring.empty(before));
-        before = at.slot();
-        ++at.number;
-    }
-    ptx::wgmma_wait<0>();
-    give_back(ring.empty(before));
+    });
 }
 
 // Sums of 16 rows of a warp to the epilogue's rows in shared memory: slice kSlice of them, of halves the gate's part and
@@ -205,20 +170,6 @@ __device__ __forceinline__ void store_rows(const GemmArguments& p, const BlockTi
     }
 }
 
-// A warp's own part of shared memory, found anew at each use: registers are for sums.
-template <class I>
-__device__ __forceinline__ float* spare_of() {
-    extern __shared__ __align__(1024) unsigned char shared_memory[];
-    const int32 warp = ptx::afresh(threadIdx.x) / 32 - 4;
-    return reinterpret_cast<float*>(shared_memory + I::kStages * I::kStageBytes + warp * I::kSpareBytes);
-}
-
-// Where a tile waits until its sums are there.
-template <class I>
-__device__ __forceinline__ int4* noted_tile() {
-    return reinterpret_cast<int4*>(spare_of<I>() + I::kSpareBytes / 4 - 4);
-}
-
 // All tiles of one of the two warpgroups that multiply.
 template <class I>
 __device__ __forceinline__ void multiply_all(const GemmArguments& p, const Stages<I>& ring, int32 group) {
@@ -229,12 +180,12 @@ __device__ __forceinline__ void multiply_all(const GemmArguments& p, const Stage
     if (I::kTurns && group == 1) turns.pass_on();
     if (I::kTurns && group == 1) at.number += steps;
     const int32 start = blockIdx.x + (I::kTurns ? group * gridDim.x : 0);
-    for (Walk walk = {start}; walk.more(p); walk.block += (I::kTurns ? 2 : 1) * gridDim.x) {
+    for (Walk<false> walk = {start}; walk.more(p); walk.block += (I::kTurns ? 2 : 1) * gridDim.x) {
         int32 live;
         {
             const BlockTile tile = walk.tile(p);
             live = tile.rows - first;
-            if (threadIdx.x % 32 == 0) *noted_tile<I>() = {tile.expert, tile.first_row, tile.rows, tile.column_tile};
+            note_tile<I>(tile);
         }
         float sums[I::kBlocks][I::kColumns / 2] = {};
         if (I::kBlocks == 2 && live > 64) {
@@ -245,8 +196,7 @@ __device__ __forceinline__ void multiply_all(const GemmArguments& p, const Stage
             multiply_tile<I, 0>(sums, ring, at, turns, first, steps);
         }
         __syncwarp();
-        const int4 noted = *noted_tile<I>();
-        const BlockTile tile = {noted.x, noted.y, noted.z, noted.w};
+        const BlockTile tile = noted_tile<I>();
         __syncwarp();
 #pragma unroll 1
         for (int32 row = first + ptx::afresh(threadIdx.x) % 128 / 32 * 16; row < first + 64 * I::kBlocks; row += 64) {
@@ -267,19 +217,7 @@ __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
     const Stages<I> ring = {ptx::shared_address(shared_memory)};
     if (ptx::dynamic_shared_bytes() < I::kSharedBytes || ring.base % 1024 != 0) __trap();
     if (kTurns && (!is_direct<kFormat>(p.gemm) || p.gemm.activated != kGated)) __trap();
-    start_ring(ring);
-    const int32 warpgroup = threadIdx.x / 128;
-    if (warpgroup == 0) {
-        ptx::setmaxnreg_dec<I::kFillRegisters>();
-        if (threadIdx.x < 32) {
-            if (ptx::elect()) fill_all<I>(p, ring);
-            __syncwarp();
-        }
-    } else {
-        ptx::setmaxnreg_inc<I::kMultiplyRegisters>();
-        multiply_all<I>(p.gemm, ring, warpgroup - 1);
-    }
-    ptx::cluster_sync();  // the other block may still write to this one
+    share_out(ring, [&] { fill_all<I>(p, ring); }, [&](int32 group) { multiply_all<I>(p.gemm, ring, group); });
 }
 
 }  // namespace pymoe

@@ -6,7 +6,6 @@
 // A thread of warpgroup 0 fills the ring by tensor copies.  The other two warpgroups take turns, a tile each, so that one
 // stores while the other multiplies.  Two blocks are a cluster: they take neighbouring weights and, nearly everywhere, the
 // same rows, of which each brings half to both.
-#include "grouped_gemm/sm90_ring.cuh"
 #include "grouped_gemm/sm90_swapped_epilogue.cuh"
 
 namespace pymoe {
@@ -34,30 +33,6 @@ struct Sm90SwappedInstance {
     static constexpr int kSpareFloats = (kGated ? 512 : 192) + 32, kSpareBytes = 4 * (kSpareFloats + 4);
     static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 8 * kSpareBytes;
     static constexpr int kReaders = 8;  // warps of both blocks that empty a stage
-    static constexpr int kFillRegisters = 24, kMultiplyRegisters = 240;
-};
-
-// The tiles of a block: every gridDim.x-th of groups of eight tiles of the list by all weights, so that the rows of a group
-// stay in the second-level cache.  The two blocks of a cluster have neighbours: weights that follow each other and the
-// same rows, or, of an odd last column of weights, the rows of two tiles; a tile that nobody is left for has no rows.
-struct Walk {
-    int32 block;
-
-    // Read again for every tile: it lies in the first-level cache, and registers are for sums.
-    static __device__ __forceinline__ int32 live_tiles(const GemmArguments& p) { return min(*p.tile_count, p.capacity); }
-    __device__ __forceinline__ bool more(const GemmArguments& p) const {
-        return (block & ~1) < live_tiles(p) * p.column_tiles;
-    }
-    static __device__ __forceinline__ BlockTile tile(const GemmArguments& p, int32 block) {
-        const int32 live = live_tiles(p), at = min(block, live * p.column_tiles - 1);
-        const int32 area = kTilesAtOnce * p.column_tiles, first = at / area * kTilesAtOnce, rest = at % area;
-        const int32 height = min(kTilesAtOnce, live - first), paired = height * (p.column_tiles & ~1);
-        const bool alone = rest >= paired;
-        const int4 t = p.tiles[first + (alone ? rest - paired : rest / 2 % height)];
-        return {t.x, t.y, at == block ? t.z : 0, alone ? p.column_tiles - 1 : rest / 2 / height * 2 + rest % 2};
-    }
-    __device__ __forceinline__ BlockTile tile(const GemmArguments& p) const { return tile(p, block); }
-    __device__ __forceinline__ BlockTile neighbour(const GemmArguments& p) const { return tile(p, block ^ 1); }
 };
 
 // All tiles of the block, by one thread.
@@ -65,7 +40,7 @@ template <class I>
 __device__ __forceinline__ void fill_all(const MappedArguments& p, const Stages<I>& ring) {
     const int32 half = blockIdx.x % 2;
     Place<I> at;
-    for (Walk walk = {static_cast<int32>(blockIdx.x)}; walk.more(p.gemm); walk.block += gridDim.x) {
+    for (Walk<true> walk = {static_cast<int32>(blockIdx.x)}; walk.more(p.gemm); walk.block += gridDim.x) {
         const BlockTile tile = walk.tile(p.gemm), other = walk.neighbour(p.gemm);
         const bool shared = tile.first_row == other.first_row && tile.rows == other.rows;
         const int32 boxes = (tile.rows + I::kBoxRows - 1) / I::kBoxRows;
@@ -94,37 +69,24 @@ __device__ __forceinline__ void fill_all(const MappedArguments& p, const Stages<
 template <class I, int kRows>
 __device__ __forceinline__ void multiply_tile(float (&sums)[2][I::kTileRows / 2], const Stages<I>& ring, Place<I>& at,
                                               const Turns& turns, int32 steps) {
-    int32 before = 0;
     // Rows are stored by sixteen, and nothing beyond them is read.
 #pragma unroll
     for (int i = 0; i < (kRows + 15) / 16 * 8; ++i) sums[0][i] = sums[1][i] = 0.0f;
-    turns.wait();
-#pragma unroll 1
-    for (int32 s = 0; s < steps; ++s) {
-        ptx::mbarrier_wait(ring.full(at.slot()), at.parity());
-        ptx::wgmma_fence();
-        const uint64 weights = operand(ring.weights(at.slot())), rows = operand(ring.rows(at.slot()));
+    multiply_stages<I, true>(ring, at, turns, steps, [&](int32 slot, bool first_stage) {
+        const uint64 weights = operand(ring.weights(slot)), rows = operand(ring.rows(slot));
 #pragma unroll
         for (int k = 0; k < I::kDepth / 16; ++k) {
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 const uint64 a = weights + (m * 64 * 128 + k * 32 >> 4), b = rows + (k * 32 >> 4);
                 if constexpr (I::kFormat == Format::kBF16) {
-                    ptx::wgmma_m64k16_bf16(ptx::Columns<kRows>(), sums[m], a, b, s > 0 || k > 0);
+                    ptx::wgmma_m64k16_bf16(ptx::Columns<kRows>(), sums[m], a, b, !first_stage || k > 0);
                 } else {
-                    ptx::wgmma_m64k16_fp16(ptx::Columns<kRows>(), sums[m], a, b, s > 0 || k > 0);
+                    ptx::wgmma_m64k16_fp16(ptx::Columns<kRows>(), sums[m], a, b, !first_stage || k > 0);
                 }
             }
         }
-        ptx::wgmma_commit();
-        if (s + 1 == steps) turns.pass_on();
-        ptx::wgmma_wait<1>();  // the stage before
-        if (s > 0) give_back(ring.empty(before));
-        before = at.slot();
-        ++at.number;
-    }
-    ptx::wgmma_wait<0>();
-    give_back(ring.empty(before));
+    });
 }
 
 // The same by the least multiple of eight that holds the tile's rows.
@@ -145,12 +107,13 @@ __device__ __forceinline__ void multiply_all(const GemmArguments& p, const Stage
     const Turns turns = {group};
     if (group == 1) turns.pass_on(), at.number += steps;
     const int32 start = blockIdx.x + group * gridDim.x;
-    for (Walk walk = {start}; walk.more(p); walk.block += 2 * gridDim.x) {
+    for (Walk<true> walk = {start}; walk.more(p); walk.block += 2 * gridDim.x) {
         int32 rows;
         {
             const BlockTile tile = walk.tile(p);
             rows = tile.rows;
-            note_tile<I>(p, tile);
+            note_tile<I>(tile);
+            note_terms<I>(p, tile);
         }
         float sums[2][I::kTileRows / 2];
         multiply_rows<I>(rows, sums, ring, at, turns, steps);
@@ -169,19 +132,7 @@ __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
     const Stages<I> ring = {ptx::shared_address(shared_memory)};
     if (ptx::dynamic_shared_bytes() < I::kSharedBytes || ring.base % 1024 != 0) __trap();
     if (!is_direct<kFormat>(p.gemm) || p.gemm.activated != kGated) __trap();
-    start_ring(ring);
-    const int32 warpgroup = threadIdx.x / 128;
-    if (warpgroup == 0) {
-        ptx::setmaxnreg_dec<I::kFillRegisters>();
-        if (threadIdx.x < 32) {
-            if (ptx::elect()) fill_all<I>(p, ring);
-            __syncwarp();
-        }
-    } else {
-        ptx::setmaxnreg_inc<I::kMultiplyRegisters>();
-        multiply_all<I>(p.gemm, ring, warpgroup - 1);
-    }
-    ptx::cluster_sync();  // the other block may still write to this one
+    share_out(ring, [&] { fill_all<I>(p, ring); }, [&](int32 group) { multiply_all<I>(p.gemm, ring, group); });
 }
 
 }  // namespace pymoe

@@ -7,23 +7,9 @@
 #pragma once
 
 #include "grouped_gemm/sm90_epilogue.cuh"
+#include "grouped_gemm/sm90_ring.cuh"
 
 namespace pymoe {
-
-// A warp's own part of shared memory, behind the stages.  It is found anew, and what it holds is read anew, at each use:
-// registers are for sums.
-template <class I>
-__device__ __forceinline__ float* swapped_spare() {
-    extern __shared__ __align__(1024) unsigned char shared_memory[];
-    const int32 warp = ptx::afresh(threadIdx.x) / 32 - 4;
-    return reinterpret_cast<float*>(shared_memory + I::kStages * I::kStageBytes + warp * I::kSpareBytes);
-}
-
-template <class I>
-__device__ __forceinline__ BlockTile swapped_tile() {
-    const int4 t = *reinterpret_cast<const int4*>(swapped_spare<I>() + I::kSpareFloats);
-    return {t.x, t.y, t.z, t.w};
-}
 
 // The first of the 16 columns of block 0 that are this warp's.
 template <class I>
@@ -60,14 +46,11 @@ __device__ __forceinline__ void note_weights(const GemmArguments& p, const Block
     for (int i = 0; i < I::kTileRows / 32; ++i) spare[32 * i + lane] = weights[i];
 }
 
-// Notes a tile, and what its end will take from memory.
+// Notes what the end of a tile will take from memory.
 template <class I>
-__device__ __forceinline__ void note_tile(const GemmArguments& p, const BlockTile& tile) {
-    float* spare = swapped_spare<I>();
-    const int32 lane = threadIdx.x % 32;
-    if (lane == 0)
-        *reinterpret_cast<int4*>(spare + I::kSpareFloats) = {tile.expert, tile.first_row, tile.rows, tile.column_tile};
-    spare[I::kSpareFloats - 32 + lane] = lane_bias<I>(p, tile);
+__device__ __forceinline__ void note_terms(const GemmArguments& p, const BlockTile& tile) {
+    float* spare = spare_of<I>();
+    spare[I::kSpareFloats - 32 + threadIdx.x % 32] = lane_bias<I>(p, tile);
     if constexpr (!I::kGated) note_weights<I>(p, tile, spare);
 }
 
@@ -77,7 +60,7 @@ struct LaneBias {
     float low, high;
 
     __device__ __forceinline__ explicit LaneBias(int m) {
-        const float* own = swapped_spare<I>() + I::kSpareFloats - 32 + 16 * m + threadIdx.x % 32 / 4;
+        const float* own = spare_of<I>() + I::kSpareFloats - 32 + 16 * m + threadIdx.x % 32 / 4;
         low = own[0], high = own[8];
     }
     __device__ __forceinline__ float added(float sum, int i) const { return __fadd_rn(sum, i & 2 ? high : low); }
@@ -93,7 +76,7 @@ struct LaneRows {
     int32 left, columns;  // rows from here to the tile's end, and columns to the answer's
 
     __device__ __forceinline__ LaneRows(const GemmArguments& p, int32 first) {
-        const BlockTile tile = swapped_tile<I>();
+        const BlockTile tile = noted_tile<I>();
         const int32 lane = ptx::afresh(threadIdx.x) % 32, g = lane / 4, c = lane % 4;
         const int32 row = first + (kWide ? 2 * c : g);
         const int32 column = first_column<I>(tile) + (kWide ? g : c % 2 * 8 + c / 2 * 4);
@@ -126,7 +109,7 @@ constexpr int kPieceRows = 96;
 template <class I, class Store>
 __device__ __forceinline__ void for_pieces(float (&t)[2][I::kTileRows / 2], Store store) {
 #pragma unroll 1
-    for (int32 first = 0; first < swapped_tile<I>().rows; first += kPieceRows) {
+    for (int32 first = 0; first < noted_tile<I>().rows; first += kPieceRows) {
         store(first);
 #pragma unroll
         for (int i = 0; i < (I::kTileRows - kPieceRows) / 2; ++i)
@@ -142,10 +125,10 @@ __device__ __forceinline__ void store_swapped_gated(const GemmArguments& p, floa
         LaneRows<I, I::kFormat> rows(p, first);
 #pragma unroll
         for (int j = 0; j < kPieceRows / 8; j += 2) {
-            if (first + 8 * j >= swapped_tile<I>().rows) break;
+            if (first + 8 * j >= noted_tile<I>().rows) break;
             float y[8];
             activate_eight(p.activation, [&](int i) { return gate.added(t[0][4 * j + i], i); },
-                           [&](int i) { return up.added(t[1][4 * j + i], i); }, swapped_spare<I>(), y);
+                           [&](int i) { return up.added(t[1][4 * j + i], i); }, spare_of<I>(), y);
 #pragma unroll
             for (int i = 0; i < 2; ++i) rows.store(p, 0, y + 4 * i), rows.next(p);
         }
@@ -157,11 +140,11 @@ template <class I, Format kOut>
 __device__ __forceinline__ void store_swapped_sums(const GemmArguments& p, float (&t)[2][I::kTileRows / 2]) {
     for_pieces<I>(t, [&](int32 first) {
         const LaneBias<I> bias[2] = {LaneBias<I>(0), LaneBias<I>(1)};
-        const float2* weights = reinterpret_cast<const float2*>(swapped_spare<I>() + first) + threadIdx.x % 4;
+        const float2* weights = reinterpret_cast<const float2*>(spare_of<I>() + first) + threadIdx.x % 4;
         LaneRows<I, kOut> rows(p, first);
 #pragma unroll
         for (int j = 0; j < kPieceRows / 8; j += 2) {
-            if (first + 8 * j >= swapped_tile<I>().rows) break;
+            if (first + 8 * j >= noted_tile<I>().rows) break;
             const float2 weight[2] = {weights[4 * j], weights[4 * j + 4]};
 #pragma unroll
             for (int i = 0; i < 2; ++i, rows.next(p))

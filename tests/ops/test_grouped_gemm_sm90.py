@@ -244,7 +244,7 @@ def test_every_number_of_rows(device, gated):
         np.testing.assert_array_equal(bits(found), bits(expected))
 
 
-FAULTS = {
+RING_FAULTS = {
     "none": ("", ""),
     "turns are not waited for": ("{ ptx::barrier_wait(1 + group, 256); }", "{}"),
     "a stage is multiplied before it is full": ("ptx::mbarrier_wait(ring.full(at.slot()), at.parity());", ""),
@@ -252,24 +252,22 @@ FAULTS = {
     "a stage is given back under its multiplies": ("ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),
     "a stage is given back to one block": ("if (block < 2) ptx::mbarrier", "if (block < 1) ptx::mbarrier"),
     "sums are stored before they are there": ("    ptx::wgmma_wait<0>();\n", "ptx::wgmma_wait<1>();\n"),
-    "a short tile waits for rows that nobody copies": ("(both ? I::kRowsBytes : I::kRowsBytes / 2)", "I::kRowsBytes"),
-    "the other's stages are not skipped": ("if (I::kTurns) at.number += steps;  // the other's tile", ""),
-    "the second half of a long tile is left out": ("if (both)\n", "if (false)\n"),
-    "lanes store what others have not written yet": ("        __syncwarp();\n        store_tile", "        store_tile"),
-    "the next tile is noted before all have read this one": ("noted.w};\n        __syncwarp();\n", "noted.w};\n"),
-    "weights are shared by blocks of two experts": ("shared = other.expert == tile.expert && ", "shared = "),
-    "both blocks bring the same half": ("half ? second : first", "first"),
+    "the other's stages are not skipped": ("at.number += steps;  // the other's tile", ";"),
     "a block ends before its neighbour": ("    ptx::cluster_sync();  // the other", "    // the other"),
 }
+FAULTS = {
+    **RING_FAULTS,
+    "a short tile waits for rows that nobody copies": ("(both ? I::kRowsBytes : I::kRowsBytes / 2)", "I::kRowsBytes"),
+    "the second half of a long tile is left out": ("if (both)\n", "if (false)\n"),
+    "lanes store what others have not written yet": ("        __syncwarp();\n        store_tile", "        store_tile"),
+    "the next tile is noted before all have read this one": (
+        "tile = noted_tile<I>();\n        __syncwarp();\n", "tile = noted_tile<I>();\n"
+    ),
+    "weights are shared by blocks of two experts": ("shared = other.expert == tile.expert && ", "shared = "),
+    "both blocks bring the same half": ("half ? second : first", "first"),
+}  # fmt: skip
 SWAPPED_FAULTS = {
-    "none": ("", ""),
-    "turns are not waited for": ("{ ptx::barrier_wait(1 + group, 256); }", "{}"),
-    "a stage is multiplied before it is full": ("ptx::mbarrier_wait(ring.full(at.slot()), at.parity());", ""),
-    "a stage is filled before it is empty": ("ptx::mbarrier_wait(ring.empty(at.slot()), at.parity() ^ 1);", ""),
-    "a stage is given back under its multiplies": ("ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),
-    "a stage is given back to one block": ("if (block < 2) ptx::mbarrier", "if (block < 1) ptx::mbarrier"),
-    "sums are stored before they are there": ("    ptx::wgmma_wait<0>();\n", "ptx::wgmma_wait<1>();\n"),
-    "the other's stages are not skipped": ("        at.number += steps;  // the other's tile", ""),
+    **RING_FAULTS,
     "the next tile is noted before all have stored this one": (
         "        store_swapped<I>(p, sums);\n        __syncwarp();\n", "        store_swapped<I>(p, sums);\n"
     ),
@@ -277,7 +275,6 @@ SWAPPED_FAULTS = {
     "rows are shared by tiles of two experts": ("tile.first_row == other.first_row && tile.rows == other.rows", "true"),
     "both blocks bring the same rows": ("box = shared ? half : 0;", "box = 0;"),
     "fewer rows are multiplied": ("if (rows > kRows) return", "if (rows > kRows + 8) return"),
-    "a block ends before its neighbour": ("    ptx::cluster_sync();  // the other", "    // the other"),
 }  # fmt: skip
 ALL_FAULTS = {"sm90.cu": FAULTS, "sm90_swapped.cu": SWAPPED_FAULTS}
 PROGRAM = """
